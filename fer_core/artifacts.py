@@ -141,8 +141,8 @@ def hashed_files(folder # folder of artifacts
                 )->dict[str, Path]: # relative name -> path, without the volatile and temporary ones
     "The files of a folder that its hash manifest covers."
     folder = Path(folder)
-    files = (p for p in sorted(folder.rglob('*')) if p.is_file() and not p.name.startswith('.') and p.name not in _VOLATILE)
-    return {str(p.relative_to(folder)): p for p in files}
+    files = (p for p in sorted(folder.rglob('*')) if p.is_file() and p.name not in _VOLATILE)
+    return {str(r): folder/r for r in (p.relative_to(folder) for p in files) if not any(part.startswith('.') for part in r.parts)}
 
 # %% ../nbs/artifacts.ipynb #c017
 def write_hashes(folder # folder of artifacts

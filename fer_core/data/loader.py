@@ -66,7 +66,7 @@ class _NO_BOX: box = ''
 # %% ../../nbs/data/loader.ipynb #c006
 def open_pack(data,            # curated data folder (holds classification_manifest.csv and source.json)
               spec:Preprocess, # preprocessing spec
-              cache=None,      # folder of packs; None = `packs/` in the data folder
+              cache=None,      # folder of packs; None = `.packs/` in the data folder
               progress=None    # f(done, total), called while building
              )->Pack:          # verified pack, built if it is not there
     "Open the pack of a curated data folder under a spec, building it once."
@@ -75,7 +75,7 @@ def open_pack(data,            # curated data folder (holds classification_manif
     table = read_manifest(data/'classification_manifest.csv').reset_index(drop=True)
     digest = content_hash(table)
     key = sha256_bytes(json.dumps([digest, spec.to_dict()], sort_keys=True).encode())[:16]
-    path = Path(cache or data/'packs')/f'pack-{key}.npy'
+    path = Path(cache or data/'.packs')/f'pack-{key}.npy'
     note = path.with_suffix('.json')
     if not (path.is_file() and note.is_file()):
         _build(table, read_json(data/'source.json')['root'], spec, path, progress)
