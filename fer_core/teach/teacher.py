@@ -48,7 +48,7 @@ def start_model(config:ModelConfig, # model
     if pretrained in ('none', 'hub'): return model, report
     report |= {'sha256': sha256_file(pretrained) if Path(pretrained).is_file() else None, **load_pretrained(model.backbone, pretrained)}
     bns = [m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    if bns and all((m.running_var == 1).all() for m in bns): # folded
+    if bns and all((m.running_var - 1).abs().max() < 1e-3 for m in bns): # folded
         x = next(feed.batches(feed.pack.rows('train')[:512], 512))[0].cpu()
         with torch.no_grad(): x = x*(config.std/config.weights_std) + (config.mean - config.weights_mean)/config.weights_std
         report['refitted_bn'] = refit_batchnorm(model.backbone, x)
