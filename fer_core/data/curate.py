@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..artifacts import FerError, HASHES, atomic_path, write_hashes, write_json
-from .fingerprint import CORRELATION, NEAR, components, near_pairs
+from .fingerprint import CORRELATION, NEAR, components
 from .manifest import class_counts, class_priors, content_hash, split_counts, write_manifest
 from .sources import ADAPTERS, detect_source, read
-from .validate import Report, decode_rows, validate
+from .validate import Report, decode_rows, photo_pairs, validate
 from ..labels import CLASS_ID
 
 # %% auto #0
@@ -113,7 +113,7 @@ def _fill(df, prints):
 # %% ../../nbs/data/curate.ipynb #c019
 def _tie(df, prints, near):
     "Keys of exact copies, near-duplicates and whole groups, row by row."
-    pairs = near_pairs(prints, near) if near is not None else np.zeros((0, 2), int)
+    pairs = photo_pairs(df['source'], prints, near)
     exact, close = components(len(df), [], [prints.sha256]), components(len(df), pairs, [prints.sha256])
     return exact, close, components(len(df), pairs, [prints.sha256, df['group']]), len(pairs)
 
@@ -168,7 +168,7 @@ def curate(root,                   # folder of the dataset, as published
     report.decoded = len(prints)
     _gate(report, out)
     notes = {'source': source, 'seed': seed, 'val_fraction': val_fraction, 'test_fraction': test_fraction, 'max_rows': max_rows,
-             'near_duplicates': {'max_hamming': near, 'min_correlation': CORRELATION, 'pairs': n_pairs, 'groups_of_several': int((np.unique(close, return_counts=True)[1] > 1).sum())}}
+             'near_duplicates': {'max_hamming': near, 'min_detail_correlation': CORRELATION, 'pairs': n_pairs, 'groups_of_several': int((np.unique(close, return_counts=True)[1] > 1).sum())}}
     clean = _write(out, root, df, kept, why, named, report, notes)
     return {**{k: clean[k] for k in ('source', 'n', 'class_priors', 'dataset_sha256', 'dropped')}, 'class_counts': clean['after'], 'hq_train': clean['hq']['n'], 'seconds': round(time.perf_counter() - began, 2)}
 

@@ -114,12 +114,14 @@ def hamming_pairs(a:np.ndarray, # (n,) uint64
     return np.stack([code // max(len(b), 1), code % max(len(b), 1)], axis=1)
 
 # %% ../../nbs/data/fingerprint.ipynb #c019
-NEAR = 10           # default greatest Hamming distance of a candidate pair
-CORRELATION = 0.95  # least correlation of 16x16 thumbnails of a near-duplicate
+NEAR = 10          # default greatest Hamming distance of a candidate pair
+CORRELATION = 0.8  # least detail correlation of a near-duplicate
+_BLUR = cv2.GaussianBlur(np.eye(16, dtype=np.float32), (1, 13), 1.5)  # a Gaussian of sigma 1.5 pixels as a matrix
 
-def _unit(thumb):
-    "Thumbnails as (n, 256) vectors of mean 0 and norm 1; a flat picture becomes 0, like nothing else."
-    z = thumb.reshape(len(thumb), -1).astype(np.float32)
+def _detail(thumb):
+    "High-passed thumbnails as (n, 256) vectors of mean 0 and norm 1; a flat picture becomes 0, like nothing else."
+    z = thumb.astype(np.float32)
+    z = (z - _BLUR @ z @ _BLUR.T).reshape(len(z), -1)
     z -= z.mean(1, keepdims=True)
     norm = np.linalg.norm(z, axis=1, keepdims=True)
     return z / np.where(norm > 16, norm, np.inf)
@@ -128,17 +130,17 @@ def correlations(thumb:np.ndarray, # (n, 16, 16) uint8
                  pairs:np.ndarray, # (k, 2) rows
                  mirror:bool=False # compare with the mirror image of the second
                 )->np.ndarray:     # (k,) -1..1
-    "Pearson correlation of thumbnails, pair by pair."
+    "Correlation of high-passed thumbnails, pair by pair."
     out = np.zeros(len(pairs), np.float32)
     for a in range(0, len(pairs), 1 << 16):
         i, j = pairs[a:a + (1 << 16)].T
-        out[a:a + len(i)] = (_unit(thumb[i])*_unit(thumb[j][:, :, ::-1] if mirror else thumb[j])).sum(1)
+        out[a:a + len(i)] = (_detail(thumb[i])*_detail(thumb[j][:, :, ::-1] if mirror else thumb[j])).sum(1)
     return out
 
 # %% ../../nbs/data/fingerprint.ipynb #c020
 def near_pairs(prints:Prints,          # fingerprints
                near:int=NEAR,          # greatest Hamming distance, 0..11
-               correlation:float=CORRELATION # least correlation of the thumbnails
+               correlation:float=CORRELATION # least detail correlation
               )->np.ndarray:           # (k, 2) rows i < j that show one photo, exact copies left out
     "Near-duplicate pairs, mirror images included."
     _, first = np.unique(prints.sha256, return_index=True)  # exact copies are found by their hash

@@ -5,7 +5,7 @@
 # %% ../../nbs/data/loader.ipynb #c002
 from __future__ import annotations
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F

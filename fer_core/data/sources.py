@@ -12,8 +12,8 @@ from ..artifacts import FerError
 from ..labels import CLASSES, MAPS, to_class
 
 # %% auto #0
-__all__ = ['COLUMNS', 'USAGE_SPLIT', 'ADAPTERS', 'inside', 'PixelCsv', 'pixel_csv', 'read_image', 'iter_images', 'read_fer2013',
-           'read_ferplus', 'read_folder', 'read_synthetic', 'detect_source', 'read']
+__all__ = ['COLUMNS', 'USAGE_SPLIT', 'ADAPTERS', 'DRAWN', 'inside', 'PixelCsv', 'pixel_csv', 'read_image', 'iter_images',
+           'read_fer2013', 'read_ferplus', 'read_folder', 'read_synthetic', 'detect_source', 'read']
 
 # %% ../../nbs/data/sources.ipynb #c004
 COLUMNS = ('id', 'path', 'label', 'source', 'split', 'usage', 'sha256', 'phash', 'width', 'height', 'box', 'soft_label', 'quality', 'group')
@@ -42,7 +42,7 @@ def inside(root, # folder of the dataset
         raise FerError('bad_parameter', f'{path} leaves the dataset folder', 'use paths relative to the root, without .. or links out of it')
     return Path(real)
 
-# %% ../../nbs/data/sources.ipynb #c008
+# %% ../../nbs/data/sources.ipynb #c009
 class PixelCsv:
     "A CSV with one picture a line, read by line number."
     def __init__(self, path): # CSV file with a header
@@ -69,7 +69,7 @@ class PixelCsv:
         if not 0 <= i < len(self): raise FerError('missing_file', f'{self.name}#{i} is beyond its {len(self):,} rows')
         return dict(zip(self.columns, self._fields(i + 1)))
 
-# %% ../../nbs/data/sources.ipynb #c009
+# %% ../../nbs/data/sources.ipynb #c010
 @functools.lru_cache(maxsize=4)
 def _open_csv(path, size, mtime): return PixelCsv(path)
 
@@ -96,7 +96,7 @@ def _n_pixels(text):
     n = text.count(b' ') + 1
     return n if n == _SIDE**2 else len(text.split())
 
-# %% ../../nbs/data/sources.ipynb #c011
+# %% ../../nbs/data/sources.ipynb #c013
 def _whole(data):
     "Whether an encoded picture is complete; only a missing end mark costs a second decoding."
     tail = data[-64:].rstrip(b'\0')
@@ -116,7 +116,7 @@ def _decode(path, name):
     if not _whole(data): raise FerError('undecodable_image', f'{name} is truncated')
     return image
 
-# %% ../../nbs/data/sources.ipynb #c012
+# %% ../../nbs/data/sources.ipynb #c014
 def read_image(root, # folder of the dataset
                path:str # a manifest path: 'train/happy/a.jpg', or 'fer2013.csv#17' for data row 17 (from 0)
               )->np.ndarray: # (h, w) grey or (h, w, 3) BGR, uint8
@@ -135,7 +135,7 @@ def iter_images(root, # folder of the dataset
     "Stream the pictures of manifest rows, one in memory at a time."
     for index, path in zip(rows.index, rows['path']): yield index, read_image(root, path)
 
-# %% ../../nbs/data/sources.ipynb #c014
+# %% ../../nbs/data/sources.ipynb #c017
 def _pixel_file(root):
     for name in ('fer2013.csv', 'icml_face_data.csv'):
         if (Path(root)/name).is_file(): return pixel_csv(inside(root, name))
@@ -164,7 +164,7 @@ def read_fer2013(root # folder with fer2013.csv, icml_face_data.csv or train/tes
         rows.append({'id': f'fer2013/{i:06d}', 'path': f'{table.name}#{i}', 'label': label, 'source': 'fer2013', 'split': USAGE_SPLIT[usage], 'usage': usage})
     return _table(rows, {})
 
-# %% ../../nbs/data/sources.ipynb #c016
+# %% ../../nbs/data/sources.ipynb #c022
 _VOTES = tuple(MAPS['ferplus'])  # vote columns in file order
 
 def _majority(votes):
@@ -183,7 +183,7 @@ def _soft(votes):
         if MAPS['ferplus'][name]: share[CLASSES.index(MAPS['ferplus'][name])] += v
     return ' '.join(f'{p:.6g}' for p in share / share.sum())
 
-# %% ../../nbs/data/sources.ipynb #c017
+# %% ../../nbs/data/sources.ipynb #c023
 def _read_votes(root, n):
     "fer2013new.csv as (usage, name, votes); its rows must be as many as the pictures."
     path = inside(root, 'fer2013new.csv')
@@ -197,7 +197,7 @@ def _read_votes(root, n):
     if len(bad): raise FerError('unknown_label', f'fer2013new.csv row {bad[0] + 2} has a vote that is no count', 'restore the file')
     return table['Usage'].str.strip(), table['Image name'].str.strip(), votes.to_numpy()
 
-# %% ../../nbs/data/sources.ipynb #c018
+# %% ../../nbs/data/sources.ipynb #c024
 def read_ferplus(root # folder with fer2013new.csv beside fer2013.csv
                 )->pd.DataFrame: # the rows with a majority among the seven classes
     "FER2013's pictures with FERPlus labels and votes."
@@ -211,7 +211,7 @@ def read_ferplus(root # folder with fer2013new.csv beside fer2013.csv
         else: dropped[why] += 1
     return _table(rows, dropped)
 
-# %% ../../nbs/data/sources.ipynb #c020
+# %% ../../nbs/data/sources.ipynb #c027
 _SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val', 'test': 'test', 'testing': 'test'}
 _TYPES = set('.jpg .jpeg .jpe .png .bmp .dib .webp .avif .tif .tiff .jp2 .pbm .pgm .ppm .pnm .sr .ras .gif .hdr .exr .pic'.split())
 
@@ -234,7 +234,7 @@ def _folder_class(folder, root):
     try: return to_class('folder', folder.name)
     except KeyError: raise FerError('unknown_label', f'folder {folder.relative_to(root).as_posix()} is none of the classes {", ".join(CLASSES)}', 'rename it to a class, or move it out of the dataset folder') from None
 
-# %% ../../nbs/data/sources.ipynb #c021
+# %% ../../nbs/data/sources.ipynb #c028
 def _files(folder):
     "Files under a folder in a stable order, hidden ones left out."
     return sorted((p for p in Path(folder).rglob('*') if p.is_file() and not p.name.startswith('.')), key=lambda p: p.as_posix())
@@ -255,7 +255,7 @@ def read_folder(root, # folder of class folders, or of split folders of class fo
     if not rows and not dropped: raise FerError('missing_file', f'{root} holds no pictures in class folders', 'expected <class>/picture or train/<class>/picture')
     return _table(rows, dropped)
 
-# %% ../../nbs/data/sources.ipynb #c023
+# %% ../../nbs/data/sources.ipynb #c031
 def read_synthetic(root # folder with synthetic.json
                   )->pd.DataFrame: # rows with the person as group
     "Procedural faces of `fer_core.data.synthetic`."
@@ -265,18 +265,19 @@ def read_synthetic(root # folder with synthetic.json
     df['group'] = names.str.extract(r'^(p\d+)_', expand=False).fillna('')
     return df
 
-# %% ../../nbs/data/sources.ipynb #c025
+# %% ../../nbs/data/sources.ipynb #c033
 _FER = 'Goodfellow et al. (2013), Challenges in Representation Learning: A report on three machine learning contests, ICONIP'
 ADAPTERS = {
     'fer2013': {'read': read_fer2013, 'licence': 'no licence granted: pictures from a web search, research use only', 'citation': _FER,
-                'layout': 'fer2013.csv (emotion, pixels, Usage), icml_face_data.csv, or train/test class folders', 'label_note': 'ids 0-6 are the canonical order; about 10 % of the labels are disputed by FERPlus'},
+                'layout': 'fer2013.csv (emotion, pixels, Usage), icml_face_data.csv, or train/test class folders', 'label_note': 'ids 0-6 are the canonical order; labels are noisy, see FERPlus'},
     'ferplus': {'read': read_ferplus, 'licence': 'votes MIT (Microsoft); pictures as FER2013', 'citation': 'Barsoum et al. (2016), Training Deep Networks for Facial Expression Recognition with Crowd-Sourced Label Distribution, ICMI; ' + _FER,
                 'layout': 'fer2013new.csv beside fer2013.csv, row-aligned', 'label_note': 'majority of ten votes; contempt, unknown, NF and ties dropped; votes over 7 classes as soft label'},
     'folder': {'read': read_folder, 'licence': 'stated by whoever made the folder', 'citation': '', 'layout': '<class>/... or train|val|test/<class>/...', 'label_note': 'by folder name; usual synonyms accepted, contempt dropped'},
     'synthetic': {'read': read_synthetic, 'licence': 'Apache-2.0, generated by fer_core', 'citation': '', 'layout': 'class folders and synthetic.json', 'label_note': 'by construction; the person is the group'},
 }  # source -> how to read it, licence, citation, layout, note on labels
+DRAWN = ('synthetic',)  # sources whose groups are true by construction: drawn strangers look alike, so no near-duplicates are sought among them
 
-# %% ../../nbs/data/sources.ipynb #c026
+# %% ../../nbs/data/sources.ipynb #c034
 def detect_source(root # folder of a dataset
                  )->str: # a key of `ADAPTERS`
     "Which dataset a folder holds, by its layout; FERPlus labels must be asked for by name."

@@ -53,14 +53,14 @@ def draw_expression(label:str, # one of `CLASSES`
                    )->Expression: # the expression
     "Draw the action units of one face that shows `label`."
     drawn = intensity is None
-    intensity = float(.3 + .7*rng.beta(1.7, 1.2)) if drawn else intensity
+    intensity = float(.2 + .8*rng.beta(1.9, 1.2)) if drawn else intensity
     au = defaultdict(float, _strengths(label, intensity, rng))
     if drawn and rng.random() < .35:
-        share, other = rng.uniform(.1, .36), NEAR[label][int(rng.random() < .35)]
+        share, other = rng.uniform(.1, .42), NEAR[label][int(rng.random() < .35)]
         au = defaultdict(float, {a: (1 - share)*v for a, v in au.items()})
         for a, v in _strengths(other, max(intensity, .5), rng).items(): au[a] += share*v
     if drawn:  # no face is ever quite at rest
-        for a in AU_NAMES: au[a] += abs(rng.normal(0, .05))
+        for a in AU_NAMES: au[a] += abs(rng.normal(0, .1))
     au = {a: min(float(au[a]), 1.2) for a in AU_NAMES}
     return Expression(label, au, intensity, float(rng.normal(0, .15)), tuple(rng.normal(0, .02, 2)))
 
@@ -359,7 +359,7 @@ def _folds(relief, frame, who, e):
     m = mouth(who, e)
     for s in (-1, 1):
         corner = m.x[-1]*s
-        deep = (.02*who.age + .09*au[12] + .08*au[10] + .07*au[9] + .03*au[20])*old
+        deep = (.02*who.age + .08*au[12] + .06*au[10] + .04*au[9] + .03*au[20])*old
         _groove(relief, frame, _smooth([(s*.2, .46 - .04*au[9]), (s*(.34 + .05*au[12]), .62), (max(abs(corner) + .08, .42)*s, m.up[0] - .02)], 4, False), deep)
         _groove(relief, frame, [(s*.07, -.34), (s*(.09 - .02*au[4]), -.12)], .1*au[4]*old)
         if au[9] > .15:
@@ -433,7 +433,7 @@ def draw_scene(rng:np.random.Generator # source of randomness
     "Draw the circumstances of a picture."
     light = Light(float(rng.uniform(-.8, .8)), float(rng.uniform(-.9, .2)), float(rng.uniform(.45, .8)), float(np.exp(rng.normal(-.03, .13))))
     occluder = _pick(rng, none=.86, hand=.05, bar=.04, strand=.05)
-    return Scene(light, float(abs(rng.normal(0, .006))), float(rng.gamma(2., 2.2)), '' if occluder == 'none' else occluder)
+    return Scene(light, float(abs(rng.normal(0, .006))), float(rng.gamma(2., 1.7)), '' if occluder == 'none' else occluder)
 
 def background(shape:tuple, # (height, width)
                rng:np.random.Generator # source of randomness

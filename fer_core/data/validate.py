@@ -8,13 +8,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 import numpy as np, pandas as pd
 from ..artifacts import FerError
-from .fingerprint import CORRELATION, NEAR, Prints, fingerprints, near_pairs
+from .fingerprint import NEAR, Prints, fingerprints, near_pairs
 from .manifest import SPLITS, read_manifest
-from .sources import COLUMNS, inside, read_image
+from .sources import COLUMNS, DRAWN, inside, read_image
 from ..labels import CLASSES
 
 # %% auto #0
-__all__ = ['Problem', 'Report', 'decode_rows', 'validate']
+__all__ = ['Problem', 'Report', 'photo_pairs', 'decode_rows', 'validate']
 
 # %% ../../nbs/data/validate.ipynb #c004
 @dataclass(frozen=True)
@@ -98,10 +98,18 @@ def _crossing(df, keys, what):
     for i in np.flatnonzero((split != split[first]) & (keys != '')):
         yield Problem('split_leakage', _row(df, i), f'in {split[i]}, {what} {_row(df, first[i])} in {split[first[i]]}')
 
+def photo_pairs(source,          # (n,) source of each row
+                prints:Prints,   # fingerprints of the rows
+                near:int|None    # greatest Hamming distance; None = none are sought
+               )->np.ndarray:    # (k, 2) rows i < j
+    "Near-duplicate pairs, but for those between drawn pictures."
+    if near is None: return np.zeros((0, 2), int)
+    pairs, drawn = near_pairs(prints, near), np.isin(np.asarray(source, str), DRAWN)
+    return pairs[~drawn[pairs].all(1)]
+
 def _check_near(df, rows, prints, near):
-    "Near-duplicate pictures in different splits."
     split = df['split'].to_numpy()
-    for i, j in rows[near_pairs(prints, near)]:
+    for i, j in rows[photo_pairs(df['source'].to_numpy()[rows], prints, near)]:
         if split[i] != split[j]: yield Problem('split_leakage', _row(df, j), f'in {split[j]}, a near-duplicate of {_row(df, i)} in {split[i]}')
 
 # %% ../../nbs/data/validate.ipynb #c013
@@ -162,4 +170,4 @@ def _check_leakage(df, rows, prints, near, report):
     sha[rows] = prints.sha256
     report.problems += _crossing(df, sha, 'the same pixels as')
     report.problems += _crossing(df, df['group'], 'of one group with')
-    if near is not None: report.problems += _check_near(df, rows, prints, near)
+    report.problems += _check_near(df, rows, prints, near)

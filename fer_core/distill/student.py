@@ -6,15 +6,13 @@
 from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, torch
 from ..artifacts import FerError, Run, parent, read_json
-from ..data.loader import Augment, Feeder, Pack
+from ..data.loader import Augment, Feeder
 from ..data.preprocess import Preprocess
 from .dkd import dkd_loss, dkd_warmup
 from .kd import kd_loss
-from ..evaluate.gates import phase_adopted
-from ..labels import CLASSES
-from ..models.backbones import Classifier, ModelConfig, load_model, model_size
+from ..evaluate.gates import phase_adopted, rarest
+from ..models.backbones import ModelConfig, load_model, model_size
 from ..teach.softlabels import SoftLabels, read_softlabels
 from ..teach.teacher import device, hard_label_objective, open_data, start_model
 from ..train.judge import judge_model
@@ -22,7 +20,7 @@ from ..train.loop import TrainConfig, choose_precision, fit
 from ..train.losses import ce_loss, prior_weights
 
 # %% auto #0
-__all__ = ['PHASES', 'kd_objective', 'dkd_objective', 'rarest', 'adopted_run', 'adoption', 'train_student']
+__all__ = ['PHASES', 'kd_objective', 'dkd_objective', 'adopted_run', 'adoption', 'train_student']
 
 # %% ../../nbs/distill/student.ipynb #c004
 def kd_objective(soft:SoftLabels, # teacher logits by view and row
@@ -47,12 +45,6 @@ def dkd_objective(soft:SoftLabels, view_of, # as above
     return objective
 
 # %% ../../nbs/distill/student.ipynb #c007
-def rarest(priors:dict, # class -> share
-           k:int=2      # how many
-          )->list[str]: # the rarest classes
-    "The rarest classes by training prior."
-    return sorted(priors, key=priors.get)[:k]
-
 def adopted_run(folder # student run folder
                )->Path: # the run whose model stands
     "Follow rejected phases back to the run that stands."

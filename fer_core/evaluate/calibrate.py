@@ -26,7 +26,7 @@ def fit_temperature(logits,      # (n, C) validation logits, no augmentation
     rows, (low, high) = np.arange(len(labels)), np.log(bounds)
     def loss(log_T): return -log_softmax(logits*np.exp(-log_T), axis=1)[rows, labels].mean()
     inside = minimize_scalar(loss, bounds=(low, high), method='bounded', options={'xatol': 1e-7}).x
-    return float(np.exp(min((0., inside, low, high), key=loss)))  # of equals the first: flat logits keep T = 1
+    return float(np.clip(np.exp(min((0., inside, low, high), key=loss)), *bounds))  # of equals the first: flat logits keep T = 1
 
 # %% ../../nbs/evaluate/calibrate.ipynb #c010
 def reliability(probs,              # (n, C) probabilities

@@ -36,12 +36,12 @@ class Stabiliser:
         alpha:float=.70,     # weight of the past in the average, 0 <= alpha < 1; 0 = no averaging
         delta:float=.08,     # lead (in probability) a class needs to take over; 0 = no hysteresis
         need:int=8,          # votes needed to change the shown label
-        window:int=15,       # frames that vote; 1 = no vote (with need 1)
+        of:int=15,           # frames that vote; need 1 of 1 = no vote
         threshold:float=.35, # least confidence of a shown label
     ):
-        if not (0 <= alpha < 1 and 0 <= delta < 1 and 1 <= need <= window): raise FerError('bad_parameter', f'alpha {alpha}, delta {delta}, vote {need} of {window}', '0 <= alpha < 1, 0 <= delta < 1, 1 <= need <= window')
+        if not (0 <= alpha < 1 and 0 <= delta < 1 and 1 <= need <= of): raise FerError('bad_parameter', f'alpha {alpha}, delta {delta}, vote {need} of {of}', '0 <= alpha < 1, 0 <= delta < 1, 1 <= need <= of')
         self.alpha, self.delta, self.need, self.threshold = alpha, delta, need, threshold
-        self.probs, self.leader, self.shown, self.votes = None, None, None, deque(maxlen=window)
+        self.probs, self.leader, self.shown, self.votes = None, None, None, deque(maxlen=of)
 
     def update(self, probs:np.ndarray # (7,) this frame's probabilities, in the order of CLASSES
               )->Stable:              # what to show

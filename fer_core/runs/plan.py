@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 from ..artifacts import FerError, Run
-from .stage import parameters, resolve, run_stage, stage_notebook
+from .stage import resolve, run_stage, stage_notebook
 
 # %% auto #0
 __all__ = ['Step', 'plans_folder', 'read_plan', 'run_plan']

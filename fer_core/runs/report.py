@@ -4,11 +4,10 @@
 
 # %% ../../nbs/runs/report.ipynb #c002
 from __future__ import annotations
-import os, shutil
-from datetime import datetime
+import shutil
 from pathlib import Path
 import pandas as pd
-from ..artifacts import FAILURES, FerError, Run, atomic_path, read_json, verify_hashes, write_text
+from ..artifacts import FerError, Run, atomic_path, sha256_file, verify_hashes, write_text
 from ..evaluate.figures import stamp
 
 # %% auto #0
@@ -107,7 +106,6 @@ def verify_run(folder # run folder
     for name, p in run.manifest.parents.items():
         p = p if isinstance(p, dict) else p.model_dump()
         path = next((q for q in (Path(p['path']), run.folder.parent/p['id']/Path(p['path']).name) if q.is_file()), None)
-        from fer_core.artifacts import sha256_file
         state = 'missing' if path is None else 'ok' if sha256_file(path) == p['sha256'] else 'changed'
         rows.append({'what': f'parent {name}: {p["id"]}/{Path(p["path"]).name}', 'state': state})
     return rows

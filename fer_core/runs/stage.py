@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/stage.ipynb #c002
 from __future__ import annotations
-import ast, difflib, json, os, signal, sys, threading, time
+import ast, difflib, json, os, threading
 from pathlib import Path
 from ..artifacts import FAILURES, FerError, Run, failure_code, new_run_folder, read_json, sha256_bytes, sha256_file, utc_now, write_hashes
 

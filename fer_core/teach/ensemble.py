@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 import numpy as np
-from ..artifacts import FerError, Run, parent, read_json, write_json
+from ..artifacts import FerError, read_json
 from ..evaluate.metrics import macro_f1
 from ..train.judge import read_logits
 

@@ -4,10 +4,10 @@
 
 # %% ../../nbs/teach/teacher.ipynb #c002
 from __future__ import annotations
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-import numpy as np, torch
-from ..artifacts import FerError, Run, parent, sha256_file
+import torch
+from ..artifacts import Run, parent, sha256_file
 from ..data.loader import Augment, Feeder, Pack, open_pack
 from ..data.preprocess import Preprocess
 from ..labels import CLASSES

@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from ..artifacts import FerError, Run, atomic_path, write_json
 from ..data.loader import Feeder
 from ..evaluate.metrics import macro_f1, nll, softmax
-from ..models.backbones import Classifier, load_model, save_model
+from ..models.backbones import Classifier, save_model
 
 # %% auto #0
 __all__ = ['TrainConfig', 'choose_precision', 'make_fabric', 'lr_factor', 'make_optimizer', 'predict_logits', 'load_state',
@@ -169,7 +169,7 @@ def fit(run:Run,           # run folder that receives best.safetensors, config.j
     ema = ModelEmaV3(model, decay=cfg.ema, use_warmup=True) if cfg.ema else None
     own = run.path('last.ckpt')
     if own.is_file() or resume_from: history = _restore(load_state(own if own.is_file() else resume_from), model, ema, opt, cfg, None if resume_from else key)
-    rows, val, start, precision = feed.pack.rows('train'), feed.pack.rows('val'), time.monotonic(), fabric._precision.precision
+    rows, val, precision = feed.pack.rows('train'), feed.pack.rows('val'), fabric._precision.precision
     if len(history) >= cfg.epochs and resume_from and not own.is_file(): raise FerError('no_op_resume', f'{resume_from} has {len(history)} epochs and {cfg.epochs} are asked for: nothing to train', f'ask for more than {len(history)} epochs')
     net, opt = fabric.setup(model, opt, move_to_device=False)
     net.mark_forward_method('embed')

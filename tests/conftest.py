@@ -1,0 +1,22 @@
+"""What every test shares: quiet threads, and the real data for those that want it."""
+import os
+from pathlib import Path
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before anything loads OpenMP: idle threads sleep instead of spinning
+os.environ.setdefault('MPLBACKEND', 'agg')
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope='session')
+def root(): # -> the checkout
+    return ROOT
+
+
+@pytest.fixture(scope='session')
+def shared(): # -> folder with real data and weights (data/, weights/), read-only
+    folder = Path(os.environ.get('FER_CORE_SHARED') or ROOT.parent/'shared')
+    if not (folder/'data').is_dir(): pytest.skip(f'real data: {folder} is not there (set FER_CORE_SHARED)')
+    return folder

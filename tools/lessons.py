@@ -1,0 +1,91 @@
+"""Runs the lesson cells of every library notebook with nbdev_test, each in its own process and two at a time, and says what each took.
+
+Stage notebooks are left to papermill (tests/ and `fer quickstart`). A notebook is over its time when both its wall time and its CPU time are:
+a busy neighbour lengthens the one and not the other."""
+import argparse, hashlib, json, os, signal, subprocess, sys, tempfile, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from settings import ROOT
+
+RECORD = ROOT/'.work'/'lessons.json'
+
+
+def notebooks(): # -> the library's notebooks, in the order of the house
+    return [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if 'stages' not in p.parts and not any(x.startswith(('.', '_')) for x in p.relative_to(ROOT).parts)]
+
+
+def fingerprint():
+    "Hash of everything that lesson cells depend on within the checkout."
+    digest = hashlib.sha256()
+    for p in [ROOT/'settings.ini', *notebooks(), *sorted((ROOT/'fer_core').rglob('*.py')), *sorted((ROOT/'reports').glob('*.json'))]:
+        digest.update(str(p.relative_to(ROOT)).encode() + p.read_bytes())
+    return digest.hexdigest()
+
+
+def run(path, flags='', kill=300): # path: notebook; flags: of cells otherwise skipped; kill: seconds after which it is given up
+    "Run one notebook; its name, verdict, seconds and output."
+    args = [Path(sys.executable).parent/'nbdev_test', '--path', path, '--n_workers', '0', '--flags', flags]
+    env = os.environ | {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1'), 'MPLBACKEND': 'agg'}  # two notebooks share the cores
+    with tempfile.TemporaryFile() as log:
+        start = time.monotonic()
+        proc = subprocess.Popen(args, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        watch = threading.Timer(kill, os.killpg, (proc.pid, signal.SIGKILL))
+        watch.start()
+        _, status, usage = os.wait4(proc.pid, 0)
+        proc.returncode = os.waitstatus_to_exitcode(status)  # reaped here, so Popen need not
+        watch.cancel()
+        log.seek(0)
+        wall, text = time.monotonic() - start, log.read().decode(errors='replace')
+    ok = proc.returncode == 0 and 'Success.' in text
+    if wall >= kill: text += f'\ngiven up after {kill} s'
+    return {'notebook': str(Path(path).relative_to(ROOT)), 'ok': ok, 'wall': round(wall, 1), 'cpu': round(usage.ru_utime + usage.ru_stime, 1), 'output': '' if ok else text}
+
+
+def run_all(paths, flags, workers, kill):
+    "Run notebooks side by side, a line for each as it ends."
+    def one(path):
+        row = run(path, flags, kill)
+        print(f"  {'ok    ' if row['ok'] else 'FAILED'} {row['wall']:6.1f} s  {row['cpu']:6.1f} s CPU  {row['notebook']}", flush=True)
+        return row
+    with ThreadPoolExecutor(workers) as pool: return list(pool.map(one, paths))
+
+
+def recorded(key):
+    "The rows of an earlier run on the very same files, or None."
+    try: record = json.loads(RECORD.read_text())
+    except (OSError, ValueError): return None
+    return record['rows'] if record['key'] == key else None
+
+
+def verdict(rows, limit): # limit: seconds
+    "Print what failed or was slow; the exit code."
+    for row in rows:
+        if not row['ok']: print(f"\n=== {row['notebook']}\n{row['output']}")
+    slow = [row for row in rows if min(row['wall'], row['cpu']) > limit]
+    for row in slow: print(f"{row['notebook']}: {min(row['wall'], row['cpu']):.0f} s, over its {limit:.0f} s")
+    bad = sum(not row['ok'] for row in rows)
+    print(f"lessons: {len(rows) - bad} of {len(rows)} notebooks pass, {sum(r['wall'] for r in rows):.0f} s in all, slowest {max(rows, key=lambda r: r['wall'])['notebook']}")
+    return 1 if bad or slow else 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('notebooks', nargs='*', type=Path, help='default: all')
+    parser.add_argument('--flags', default='', help='cells to run that are otherwise skipped, e.g. slow')
+    parser.add_argument('--limit', type=float, default=float('inf'), help='seconds a notebook may take')
+    parser.add_argument('--kill', type=float, default=300, help='seconds after which a notebook is given up')
+    parser.add_argument('--workers', type=int, default=2)
+    parser.add_argument('--recorded', action='store_true', help='take the times of the last full run if nothing has changed since')
+    a = parser.parse_args()
+    everything, key = not a.notebooks and not a.flags, fingerprint()
+    rows = recorded(key) if a.recorded and everything else None
+    if rows is None:
+        rows = run_all([p.absolute() for p in a.notebooks] or notebooks(), a.flags, a.workers, a.kill)
+        if everything and all(r['ok'] for r in rows):
+            RECORD.parent.mkdir(exist_ok=True)
+            RECORD.write_text(json.dumps({'key': key, 'rows': rows}, indent=1))
+    else: print('lessons: nothing changed since the last run, its times stand')
+    sys.exit(verdict(rows, a.limit))
+
+
+if __name__ == '__main__': main()
