@@ -12,7 +12,7 @@ from .artifacts import FAILURES, FerError, failure_code
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Out', 'report', 'Model', 'Detector', 'Progress', 'run', 'quickstart', 'runs', 'verify', 'gates',
-           'page', 'predict', 'demo', 'bench', 'main']
+           'page', 'results', 'predict', 'demo', 'evaluate', 'bench', 'main']
 
 # %% ../nbs/cli.ipynb #c003
 app = typer.Typer(help='Facial expression recognition: from raw datasets to a calibrated student that runs live.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -147,6 +147,15 @@ def page(folder:Annotated[Path, typer.Argument(help='run folder')], reports:Anno
     from fer_core.runs.report import publish
     print(publish(Run(folder), reports))
 
+@report.command()
+def results(folder:Annotated[Path, typer.Argument(help='thesis run folder')], reports:Annotated[Path, typer.Option(help='reports folder')] = Path('reports')):
+    "Make a thesis run's results the README's table (then: make readme)."
+    from fer_core.artifacts import read_json, write_json
+    rows = read_json(folder/'results.json')
+    page = reports/folder.name/'thesis.html'
+    write_json(reports/'results.json', [r | ({'report': str(page)} if page.is_file() else {}) for r in rows])
+    print(f'{len(rows)} rows in {reports/"results.json"}')
+
 # %% ../nbs/cli.ipynb #c013
 Model = Annotated[Optional[Path], typer.Option(help='ONNX file of ours or a release folder (default: the released student)')]
 Detector = Annotated[str, typer.Option(help="'auto', 'yunet', 'retinaface' or the path of a YuNet file")]
@@ -186,6 +195,19 @@ def demo(source:Annotated[str, typer.Option(help='video file, stream URL or came
         def tell(done, total): bar.total = total; bar.update(done - bar.n)
         found = run_demo(source, _model(model), detector, csv, video, not no_window, every, max_frames, fetch_yunet, progress=tell, threshold=threshold)
     print(json.dumps(found, indent=2) if as_json else summary_table(found))
+
+@app.command()
+def evaluate(data:Annotated[Path, typer.Argument(help='curate run folder, or a dataset as downloaded')], model:Model = None, split:Annotated[str, typer.Option(help='split to judge on')] = 'test', as_json:Json = False):
+    "Judge a student (default: the released one) on a dataset's test rows."
+    import tempfile
+    from fer_core.compress.release import evaluate_file
+    from fer_core.data.curate import curate
+    from fer_core.live.recognise import release_model
+    with tempfile.TemporaryDirectory() as scratch:
+        if not (data/'classification_manifest.csv').is_file(): curate(data, scratch)
+        m = evaluate_file(_model(model) or release_model(), data if (data/'classification_manifest.csv').is_file() else scratch, split)
+    line = f'n={m["n"]} accuracy={m["accuracy"]:.4f} macro-F1={m["macro_f1"]:.4f} ECE={m["ece_width"]:.4f} T={m["temperature"]:.4f} dataset={m["dataset"][:12]}'
+    print(json.dumps(m, indent=2) if as_json else line)
 
 @app.command()
 def bench(models:Annotated[list[Path], typer.Argument(help='ONNX files')], threads:Annotated[int, typer.Option(help='threads')] = 2,

@@ -7,13 +7,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 import numpy as np
-from ..artifacts import Run, parent, read_json, sha256_file, write_json, write_text
-from .export import export_onnx, onnx_logits, write_metadata
+from ..artifacts import FerError, Run, parent, read_json, sha256_file, write_json, write_text
+from .export import export_onnx, onnx_logits, read_metadata, write_metadata
 from .latency import compare
 from .quantize import quantize_static_int8
-from ..data.loader import Feeder, Pack
+from ..data.loader import Feeder, Pack, open_pack
 from ..distill.student import adopted_run
 from ..evaluate.gates import evaluate_gates, gates_passed, int8_evidence, parity_evidence
+from ..evaluate.metrics import evaluate
 from ..labels import CLASSES
 from ..models.backbones import load_model, model_size
 from ..teach.teacher import open_data
@@ -23,7 +24,7 @@ from ..train.loop import predict_logits
 LICENCE = 'Apache-2.0 (code and architecture); the weights inherit the research-use terms of their training data'
 
 # %% auto #0
-__all__ = ['LICENCE', 'stratified', 'inputs', 'compress_student', 'ship']
+__all__ = ['LICENCE', 'stratified', 'inputs', 'compress_student', 'ship', 'evaluate_file']
 
 # %% ../../nbs/compress/release.ipynb #c004
 def stratified(pack:Pack, # pack
@@ -129,3 +130,15 @@ def ship(folder, # compress run folder
         with atomic_path(to/name) as tmp: shutil.copyfile(folder/name, tmp)
     write_hashes(to)
     return to
+
+# %% ../../nbs/compress/release.ipynb #c011
+def evaluate_file(model, # ONNX file of ours
+                  data,  # curated data folder
+                  split:str='test' # split to judge on
+                 )->dict: # metrics of `evaluate`
+    "Judge an ONNX file on curated data."
+    told = read_metadata(model)
+    if told['class_order'] != CLASSES: raise FerError('class_order_mismatch', f'{model} has class order {told["class_order"]}')
+    pack = open_pack(data, told['preprocess'])
+    rows = pack.rows(split)
+    return evaluate(onnx_logits(model, inputs(pack, rows)), pack.labels[rows], split, split != 'test', told['temperature'], told['abstention_threshold'], pack.dataset_sha256)

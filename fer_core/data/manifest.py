@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/manifest.ipynb #c002
 from __future__ import annotations
-import hashlib
+import csv, hashlib
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..artifacts import FerError, atomic_path
@@ -16,7 +16,7 @@ __all__ = ['SPLITS', 'write_manifest', 'read_manifest', 'class_counts', 'split_c
 
 # %% ../../nbs/data/manifest.ipynb #c004
 SPLITS = ('train', 'val', 'test')
-_NUMBERS = {'width': 'Int64', 'height': 'Int64', 'quality': 'float64'}
+_NUMBERS = ('width', 'height', 'quality')
 
 # %% ../../nbs/data/manifest.ipynb #c005
 def write_manifest(df:pd.DataFrame, # rows with the manifest columns
@@ -34,21 +34,29 @@ def _number(text, column, name):
     if len(bad): raise FerError('corrupt_artifact', f'{name} row {bad[0] + 2}: {column} {text.iloc[bad[0]]!r} is no number', 'restore the file (rows are lines, the header is 1)')
     return values.astype(float if column == 'quality' else int)
 
+def _check_shape(path):
+    "Every line has as many cells as the header; a line that is cut off is named."
+    with open(path, newline='', encoding='utf-8') as f:
+        rows = csv.reader(f)
+        header = next(rows, [])
+        lost = [c for c in COLUMNS if c not in header]
+        if lost: raise FerError('corrupt_artifact', f'{path.name} row 1 lacks the columns {", ".join(lost)}')
+        for k, row in enumerate(rows, 2):
+            if len(row) != len(header): raise FerError('corrupt_artifact', f'{path.name} row {k} has {len(row)} of {len(header)} cells')
+
+# %% ../../nbs/data/manifest.ipynb #c007
 def read_manifest(path # CSV file written by `write_manifest`
                  )->pd.DataFrame: # the manifest columns with their types
     "Read a manifest with its types restored."
     path = Path(path)
     if not path.is_file(): raise FerError('missing_file', f'{path} is not there')
-    try: df = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise FerError('corrupt_artifact', f'{path.name} is no manifest ({str(e).strip()})') from None
-    lost = [c for c in COLUMNS if c not in df]
-    if lost: raise FerError('corrupt_artifact', f'{path.name} row 1 lacks the columns {", ".join(lost)}')
-    short = np.flatnonzero(df.isna().any(axis=1))
-    if len(short): raise FerError('corrupt_artifact', f'{path.name} row {short[0] + 2} is cut off')
-    df = df[list(COLUMNS)]
+    try:
+        _check_shape(path)
+        df = pd.read_csv(path, dtype=str, keep_default_na=False)[list(COLUMNS)]
+    except (pd.errors.ParserError, UnicodeDecodeError, csv.Error) as e: raise FerError('corrupt_artifact', f'{path.name} is no manifest ({str(e).strip()})') from None
     return df.assign(**{c: _number(df[c], c, path.name) for c in _NUMBERS})
 
-# %% ../../nbs/data/manifest.ipynb #c008
+# %% ../../nbs/data/manifest.ipynb #c009
 def class_counts(df:pd.DataFrame # manifest
                 )->dict:         # split -> class -> n, every split present and every class
     "Rows per split and class."
@@ -68,7 +76,7 @@ def class_priors(df:pd.DataFrame,   # manifest
     if not len(labels): raise FerError('missing_file', f'the manifest has no rows in split {split!r}')
     return np.array([(labels == c).mean() for c in CLASSES])
 
-# %% ../../nbs/data/manifest.ipynb #c010
+# %% ../../nbs/data/manifest.ipynb #c011
 _CONTENT = ['id', 'label', 'split', 'sha256', 'soft_label']
 
 def content_hash(df:pd.DataFrame # manifest

@@ -4,9 +4,8 @@
 
 # %% ../../nbs/data/synthetic.ipynb #c002
 from __future__ import annotations
-import csv, os
+import csv
 from collections import defaultdict
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 import cv2, numpy as np
@@ -53,14 +52,14 @@ def draw_expression(label:str, # one of `CLASSES`
                    )->Expression: # the expression
     "Draw the action units of one face that shows `label`."
     drawn = intensity is None
-    intensity = float(.2 + .8*rng.beta(1.9, 1.2)) if drawn else intensity
+    intensity = float(.24 + .76*rng.beta(2., 1.15)) if drawn else intensity
     au = defaultdict(float, _strengths(label, intensity, rng))
     if drawn and rng.random() < .35:
         share, other = rng.uniform(.1, .42), NEAR[label][int(rng.random() < .35)]
         au = defaultdict(float, {a: (1 - share)*v for a, v in au.items()})
         for a, v in _strengths(other, max(intensity, .5), rng).items(): au[a] += share*v
-    if drawn:  # no face is ever quite at rest
-        for a in AU_NAMES: au[a] += abs(rng.normal(0, .1))
+    if drawn:
+        for a in AU_NAMES: au[a] += abs(rng.normal(0, .085))  # a face at rest
     au = {a: min(float(au[a]), 1.2) for a in AU_NAMES}
     return Expression(label, au, intensity, float(rng.normal(0, .15)), tuple(rng.normal(0, .02, 2)))
 
@@ -127,8 +126,9 @@ class Frame(NamedTuple):
         yaw, pitch, roll = np.radians(self.pose[:3])
         shrink = 1 if flat else np.cos(yaw)
         px, py = x*shrink + z*np.sin(yaw), y + z*np.sin(pitch)
-        c, s = np.cos(roll)*self.unit, np.sin(roll)*self.unit
-        return np.stack([self.centre[0] + c*px - s*py, self.centre[1] + s*px + c*py], 1)
+        c, s, out = np.cos(roll)*self.unit, np.sin(roll)*self.unit, np.empty((len(px), 2))
+        out[:, 0], out[:, 1] = self.centre[0] + c*px - s*py, self.centre[1] + s*px + c*py
+        return out
 
 def draw_pose(rng:np.random.Generator # source of randomness
              )->Pose: # a head within 25 degrees of frontal
@@ -146,14 +146,19 @@ def _smooth(points, n=5, closed=True): # Catmull-Rom through the points
     out = out.transpose(1, 0, 2).reshape(-1, 2)
     return out if closed else np.concatenate([out, p[-1:]])
 
-def outline(who:Identity, au:dict)->np.ndarray: # (n, 2) closed curve
+def outline(who:Identity, # person
+            au:dict       # action unit -> strength
+           )->np.ndarray: # (n, 2) closed curve, face coordinates
     "Silhouette of the face; the jaw drops with AU26."
     x = np.array([0, .55, .88, .98, .97, .9, .63 + .2*who.jaw, .3 + .16*who.jaw, 0])*who.width
     y = np.array([-1.42, -1.3, -.85, -.25, .25, .65, 1.08, 1.34, 1.43])*who.length
     y[-4:] += np.array([.2, .6, 1, 1])*(.2*au[26] + .03*au[25] - .03*au[17])
     return _smooth(np.concatenate([np.stack([x, y], 1), np.stack([-x, y], 1)[-2:0:-1]]))
 
-def brow(who:Identity, au:dict, side:int)->tuple: # (n, 2) centre line from the nose outwards, (n,) half thickness
+def brow(who:Identity, # person
+         au:dict,      # action unit -> strength
+         side:int      # -1 left in the picture, 1 right
+        )->tuple:      # (n, 2) centre line from the nose outwards, (n,) half thickness
     "Eyebrow: AU1 lifts its inner end, AU2 its outer, AU4 lowers it and draws it inwards."
     t = np.linspace(0, 1, 9)
     x = .17 + .62*t - .07*(au[4] + .5*au[9])*(1 - t)
@@ -162,7 +167,10 @@ def brow(who:Identity, au:dict, side:int)->tuple: # (n, 2) centre line from the 
     y = y + au[4]*(.05 + .13*(1 - t)**1.2) + au[9]*(.05 + .06*(1 - t)) + .02*au[6]
     return np.stack([side*x, y], 1), .5*who.brow_thickness*np.interp(t, [0, .15, .5, 1], [.7, 1, .95, .25])
 
-def eye(who:Identity, au:dict, side:int)->tuple: # (n,) x, upper lid y, lower lid y
+def eye(who:Identity, # person
+        au:dict,      # action unit -> strength
+        side:int      # -1 left in the picture, 1 right
+       )->tuple:      # (n,) x, upper lid's y, lower lid's y
     "Lids: AU5 opens them, AU7 tightens both, AU6 and AU9 push the lower one up."
     t = np.linspace(-1, 1, 17)
     arc, slant = 1 - np.abs(t)**2.3, who.eye_y - who.eye_tilt*t - .025*(au[1] - au[4])*-t
@@ -173,9 +181,15 @@ def eye(who:Identity, au:dict, side:int)->tuple: # (n,) x, upper lid y, lower li
 # %% ../../nbs/data/synthetic.ipynb #c018
 class Mouth(NamedTuple):
     "Four curves of the mouth over the same x."
-    x: np.ndarray; top: np.ndarray; up: np.ndarray; low: np.ndarray; bottom: np.ndarray
+    x: np.ndarray       # (n,) half face widths
+    top: np.ndarray     # upper edge of the upper lip
+    up: np.ndarray      # its lower edge
+    low: np.ndarray     # upper edge of the lower lip
+    bottom: np.ndarray  # its lower edge
 
-def mouth(who:Identity, e:Expression)->Mouth: # the curves, face coordinates
+def mouth(who:Identity, # person
+          e:Expression  # what the face does
+         )->Mouth:      # the curves, face coordinates
     "Lips of a person who shows an expression."
     au, t = e.au, np.linspace(-1, 1, 25)
     bow = 1 - t**2
@@ -316,10 +330,10 @@ def _paint_hair(image, frame, who):
     line = _smooth(sorted(_hairline(who)), 4, closed=False)
     _fill(image, np.concatenate([frame.at(cap, flat=True), frame.at(line, flat=True)]), who.hair_colour)
     rng = np.random.default_rng(who.seed)
-    for start, tint in zip(rng.uniform(0, 1, 9), rng.uniform(-.22, .14, 9)):  # strands, from the hairline up to the crown
+    for start, tint in zip(rng.uniform(0, 1, 12), rng.uniform(-.16, .07, 12)):  # strands, from the hairline up to the crown
         a, b = line[int(start*(len(line) - 1))], cap[::-1][int(start*(len(cap) - 1))]
         strand = [a*.98, .55*a + .45*b + (.05*np.sign(a[0]), -.03), .12*a + .88*b]
-        _stroke(image, frame.at(_smooth(strand, 4, False), flat=True), _mix(who.hair_colour, (255, 255, 255) if tint > 0 else (0, 0, 0), abs(tint)), .04*frame.unit)
+        _stroke(image, frame.at(_smooth(strand, 4, False), flat=True), _mix(who.hair_colour, (255, 255, 255) if tint > 0 else (0, 0, 0), abs(tint)), .03*frame.unit)
 
 def _paint_glasses(image, frame, who):
     if who.glasses == 'none': return
@@ -388,13 +402,16 @@ def _normals(shape, frame): # unit normals of the ellipsoid, and its mask
     n = np.sqrt(x**2 + y**2 + z**2)
     return x/n, y/n, z/n
 
+def _relief(shape, frame, who, e): # height map at half the canvas's resolution, half face widths
+    broad, fine, u = np.zeros(shape, np.float32), np.zeros(shape, np.float32), frame.unit/2
+    _broad(broad, frame, who, e)
+    _folds(fine, frame, who, e)
+    return cv2.GaussianBlur(broad, (0, 0), max(.07*u, .6)) + cv2.GaussianBlur(fine, (0, 0), max(.02*u, .5))
+
 def _shade(image, frame, who, e, light): # darken and brighten the painted head in place
-    h, w = -(-image.shape[0]//2), -(-image.shape[1]//2)
-    broad, fine, mask = np.zeros((h, w), np.float32), np.zeros((h, w), np.float32), np.zeros((h, w), np.uint8)
-    _broad(broad, frame, who, e); _folds(fine, frame, who, e)
+    h, w, u = -(-image.shape[0]//2), -(-image.shape[1]//2), frame.unit/2
+    mask, relief = np.zeros((h, w), np.uint8), _relief((h, w), frame, who, e)
     cv2.fillPoly(mask, [np.round(frame.at(outline(who, e.au)*1.03, flat=True)/2).astype(np.int32)], 255)
-    u = frame.unit/2
-    relief = cv2.GaussianBlur(broad, (0, 0), max(.07*u, .6)) + cv2.GaussianBlur(fine, (0, 0), max(.02*u, .5))
     hollow = relief - cv2.GaussianBlur(relief, (0, 0), max(.2*u, .8))
     nx, ny, nz = _normals((h, w), frame)
     gx, gy = (cv2.Sobel(relief, cv2.CV_32F, i, 1 - i, scale=u/8) for i in (1, 0))
@@ -406,10 +423,7 @@ def _shade(image, frame, who, e, light): # darken and brighten the painted head 
     np.copyto(image, cv2.multiply(image, cv2.merge([shade]*3), dtype=cv2.CV_8U))
 
 # %% ../../nbs/data/synthetic.ipynb #c033
-def paint_head(image:np.ndarray, # (h, w, 3) uint8 canvas, painted in place
-               frame:Frame,      # where the head goes
-               who:Identity, e:Expression, light:Light):
-    "Paint one head with neck and shoulders."
+def _paint_flat(image, frame, who, e): # every part in its own colour, without light
     _paint_behind(image, frame, who)
     _paint_skin(image, frame, who, e.au)
     _paint_nose(image, frame, who, e.au)
@@ -417,10 +431,19 @@ def paint_head(image:np.ndarray, # (h, w, 3) uint8 canvas, painted in place
     _paint_brows(image, frame, who, e.au)
     _paint_mouth(image, frame, who, e)
     _paint_hair(image, frame, who)
+
+def paint_head(image:np.ndarray, # (h, w, 3) uint8 BGR canvas, painted in place
+               frame:Frame,      # where the head goes
+               who:Identity,     # whose it is
+               e:Expression,     # what the face does
+               light:Light       # where light comes from
+              ):
+    "Paint one head with neck and shoulders."
+    _paint_flat(image, frame, who, e)
     _shade(image, frame, who, e, light)
     _paint_glasses(image, frame, who)
 
-# %% ../../nbs/data/synthetic.ipynb #c035
+# %% ../../nbs/data/synthetic.ipynb #c037
 class Scene(NamedTuple):
     "Everything of a picture but the head."
     light: Light = Light()
@@ -446,7 +469,7 @@ def background(shape:tuple, # (height, width)
         _fill(image, [(x, 0), (x + w, 0), (x + w, shape[0]), (x, shape[0])], _bgr(base.mean((0, 1)) + rng.normal(0, 25) + rng.normal(0, 8, 3)))
     return image
 
-# %% ../../nbs/data/synthetic.ipynb #c036
+# %% ../../nbs/data/synthetic.ipynb #c038
 def _occlude(image, frame, who, kind, rng):
     if kind == 'bar':
         y, t = rng.uniform(-.6, 1.2), rng.uniform(.12, .28)
@@ -479,7 +502,7 @@ def render(who:Identity, # person
     noise = scene.noise*rng.standard_normal((size, size, 1), np.float32)
     return np.clip(image*np.float32(scene.light.gain) + noise, 0, 255).astype(np.uint8)
 
-# %% ../../nbs/data/synthetic.ipynb #c037
+# %% ../../nbs/data/synthetic.ipynb #c039
 def make_face(label:str,  # one of `CLASSES`
               seed,       # an int or a tuple of ints: same seed, same picture
               size:int=96, # side, pixels
@@ -491,7 +514,7 @@ def make_face(label:str,  # one of `CLASSES`
     who = who or draw_identity(rng)
     return render(who, draw_expression(label, rng), rng, draw_pose(rng), draw_scene(rng), size)
 
-# %% ../../nbs/data/synthetic.ipynb #c048
+# %% ../../nbs/data/synthetic.ipynb #c051
 VERSION = 1                 # raised when the same seed no longer gives the same picture
 MARKER = 'synthetic.json'   # says what a folder of synthetic faces is
 SPLITS = ('train', 'val', 'test')
@@ -517,7 +540,7 @@ def _plan(split, n, seed): # (class, person, index) of every picture of a split
     np.random.default_rng((seed, s, 0, 3)).shuffle(labels)
     return [(str(c), s*_FIRST + i//_PER_PERSON, i) for i, c in enumerate(labels)]
 
-# %% ../../nbs/data/synthetic.ipynb #c051
+# %% ../../nbs/data/synthetic.ipynb #c054
 def _marker(n, seed, size, plans):
     return {'version': VERSION, 'seed': seed, 'size': size, 'n': n, 'prior': PRIOR, 'counts': {s: quotas(n[s]) for s in SPLITS},
             'groups': {s: sorted({f'p{person:05d}' for _, person, _ in plan}) for s, plan in plans.items()}}
@@ -533,7 +556,7 @@ def _claim(root, marker): # make the folder ours, or say why not
 def _write_png(path, image):
     with atomic_path(path) as tmp: tmp.write_bytes(cv2.imencode('.png', image)[1].tobytes())
 
-# %% ../../nbs/data/synthetic.ipynb #c052
+# %% ../../nbs/data/synthetic.ipynb #c055
 def write_dataset(root,             # folder to make, or to complete
                   n_train:int=4000, n_val:int=600, n_test:int=1000, # pictures per split
                   seed:int=0,       # same seed, same bytes (for one version of OpenCV)
@@ -559,7 +582,7 @@ def write_dataset(root,             # folder to make, or to complete
             if progress and (name not in here or done == total): progress(done, total)
     return root
 
-# %% ../../nbs/data/synthetic.ipynb #c055
+# %% ../../nbs/data/synthetic.ipynb #c058
 class Actor(NamedTuple):
     "A person in a video: what they look like, what they will do, where they sit."
     who: Identity
@@ -574,7 +597,7 @@ def _act(actor, t): # expression at t seconds
     goal = actor.script[int(t/_TURN) % len(actor.script)]
     ramp = np.interp(t/_TURN % 1, [.05, .3, .7, .9], [0, 1, 1, 0])
     level = float(ramp**2*(3 - 2*ramp))
-    label = goal.label if level*goal.intensity >= .3 else 'neutral'
+    label = goal.label if level*goal.intensity >= .25 else 'neutral'
     return goal._replace(label=label, au={a: level*v for a, v in goal.au.items()}, intensity=level*goal.intensity)
 
 def _sit(actor, t): # frame of the head at t seconds
@@ -591,7 +614,7 @@ def _cast(n_faces, seed, size): # who sits where
         script = [draw_expression(str(c), rng, float(rng.uniform(.8, 1))) for c in labels]
         yield Actor(draw_identity(rng), script, (w*(k + .5)/n_faces, h*.47), unit, float(rng.uniform(0, 6)))
 
-# %% ../../nbs/data/synthetic.ipynb #c056
+# %% ../../nbs/data/synthetic.ipynb #c059
 def face_box(frame:Frame, who:Identity, e:Expression, # where a head is, whose it is and what it does
              size:tuple # (width, height) of the picture
             )->tuple:   # x, y, w, h in pixels, inside the picture
@@ -610,10 +633,10 @@ def frames(seconds, fps, n_faces, seed, size): # yields (picture, rows of the gr
             e, frame = _act(actor, i/fps), _sit(actor, i/fps)
             paint_head(image, frame, actor.who, e, Light())
             rows.append((i, k, e.label, *face_box(frame, actor.who, e, size), round(e.intensity, 3)))
-        noise = np.random.default_rng((seed, i, 7)).normal(0, 2, (*size[::-1], 1))
+        noise = 2*np.random.default_rng((seed, i, 7)).standard_normal((*size[::-1], 1), np.float32)
         yield np.clip(image + noise, 0, 255).astype(np.uint8), rows
 
-# %% ../../nbs/data/synthetic.ipynb #c057
+# %% ../../nbs/data/synthetic.ipynb #c060
 def write_video(path,            # .mp4 file to write
                 seconds:float=6, # duration; an expression takes two seconds
                 fps:float=15,    # frames per second

@@ -166,7 +166,7 @@ def validate(manifest,            # DataFrame, or path of a manifest CSV
     return report
 
 def _check_leakage(df, rows, prints, near, report):
-    sha = df['sha256'].astype(str).to_numpy(object)
+    sha = np.array(df['sha256'], object)  # a copy: the caller's table stays as it is
     sha[rows] = prints.sha256
     report.problems += _crossing(df, sha, 'the same pixels as')
     report.problems += _crossing(df, df['group'], 'of one group with')

@@ -59,7 +59,7 @@ def adoption(run:Run, # this phase's run
             )->dict: # adopted, reason, stands
     "Decide on validation whether a phase is adopted."
     stands = adopted_run(before)
-    rule = {} if phase == 'dkd' else {'least_gain': 0.}
+    rule = {} if phase == 'dkd' else {'least_gain': 0., 'rare_gain': None}
     ok, reason = phase_adopted(read_json(stands/'metrics.json')['val'], metrics['val'], rarest(run.manifest.dataset['priors']), **rule)
     return {'adopted': bool(ok), 'reason': reason, 'stands': run.folder.name if ok else stands.name, 'compared_with': stands.name}
 

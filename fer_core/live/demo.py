@@ -27,8 +27,9 @@ def is_camera(source # a path, a URL, or a camera's index as int or digits
     text = str(source)
     return text.isdigit() and not Path(text).exists() or '://' in text and not text.startswith('file:')
 
+os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')  # what FFmpeg has to say, the errors and notes below say better
+
 def _open(source):
-    os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')  # what FFmpeg has to say, the errors and notes below say better
     with _quiet_opencv(): return cv2.VideoCapture(int(source) if str(source).isdigit() and is_camera(source) else str(source))
 
 class Source:
@@ -102,34 +103,37 @@ class Live:
         self.stabilisers = Stabilisers(**({'threshold': recognizer.threshold} | smoothing))
         self._last, self._grey = Detections.make(), None
 
-    def locate(self, frame:np.ndarray # (H, W, 3) uint8
-              )->tuple[Detections, str]: # faces, and how: 'detect' or 'follow'
-        "Find the faces, or follow those of the last frame."
-        search, self.n = self.n % self.every == 0, self.n + 1
-        if self.every > 1:  # the grey frame is needed for following only
-            small, back = shrink(frame, 640)
-            before, self._grey = self._grey, cv2.cvtColor(small, cv2.COLOR_BGR2GRAY)
-        if search: self._last = self.recognizer.detector.detect(frame)
-        elif len(self._last):
-            boxes, marks = follow(before, self._grey, self._last.boxes/np.tile(back, 2), self._last.landmarks/back)
-            self._last = Detections(boxes*np.tile(back, 2), marks*back, self._last.scores)
-        return self._last, 'detect' if search else 'follow'
+# %% ../../nbs/live/demo.ipynb #c011
+@patch_to(Live)
+def locate(self, frame:np.ndarray # (H, W, 3) uint8
+          )->tuple[Detections, str]: # faces, and how: 'detect' or 'follow'
+    "Find the faces, or follow those of the last frame."
+    search, self.n = self.n % self.every == 0, self.n + 1
+    if self.every > 1:  # the grey frame is needed for following only
+        small, back = shrink(frame, 640)
+        before, self._grey = self._grey, cv2.cvtColor(small, cv2.COLOR_BGR2GRAY)
+    if search: self._last = self.recognizer.detector.detect(frame)
+    elif len(self._last):
+        boxes, marks = follow(before, self._grey, self._last.boxes/np.tile(back, 2), self._last.landmarks/back)
+        self._last = Detections(boxes*np.tile(back, 2), marks*back, self._last.scores)
+    return self._last, 'detect' if search else 'follow'
 
-    def step(self, frame:np.ndarray # (H, W[, 3]) uint8
-            )->Frame:               # faces, raw probabilities, times
-        "Take in one frame."
-        t0 = time.perf_counter()
-        frame = as_bgr(frame)
-        found, how = self.locate(frame)
-        t1 = time.perf_counter()
-        raw = self.recognizer.classify(face_crops(frame, found.boxes, self.recognizer.spec))
-        t2 = time.perf_counter()
-        ids = self.tracker.update(found.boxes)
-        stable = self.stabilisers.update(ids, raw, alive=self.tracker.ids)
-        faces = [Face(tuple(map(float, box)), marks, s.label, s.probs, s.confidence, s.abstained, int(i)) for box, marks, s, i in zip(found.boxes, found.landmarks, stable, ids)]
-        return Frame(faces, raw, {how: (t1 - t0)*1e3, 'classify': (t2 - t1)*1e3, 'total': (time.perf_counter() - t0)*1e3})
+@patch_to(Live)
+def step(self, frame:np.ndarray # (H, W[, 3]) uint8
+        )->Frame:               # faces, raw probabilities, times
+    "Take in one frame."
+    t0 = time.perf_counter()
+    frame = as_bgr(frame)
+    found, how = self.locate(frame)
+    t1 = time.perf_counter()
+    raw = self.recognizer.classify(face_crops(frame, found.boxes, self.recognizer.spec))
+    t2 = time.perf_counter()
+    ids = self.tracker.update(found.boxes)
+    stable = self.stabilisers.update(ids, raw, alive=self.tracker.ids)
+    faces = [Face(tuple(map(float, box)), marks, s.label, s.probs, s.confidence, s.abstained, int(i)) for box, marks, s, i in zip(found.boxes, found.landmarks, stable, ids)]
+    return Frame(faces, raw, {how: (t1 - t0)*1e3, 'classify': (t2 - t1)*1e3, 'total': (time.perf_counter() - t0)*1e3})
 
-# %% ../../nbs/live/demo.ipynb #c013
+# %% ../../nbs/live/demo.ipynb #c014
 _BGR = {c: tuple(int(h[i:i + 2], 16) for i in (5, 3, 1)) for c, h in COLOURS.items()}
 
 def _tag(out, f, k):
@@ -147,7 +151,7 @@ def draw(frame:np.ndarray, # (H, W, 3) uint8
         )->np.ndarray:     # a copy of the frame with the faces labelled
     "Draw faces and their labels on a copy of a frame."
     out = as_bgr(frame).copy()
-    k = min(max(min(out.shape[:2])/400, .8), 3)
+    k = min(max(min(out.shape[:2])/540, .8), 3)
     line = max(1, round(1.5*k))
     for f in faces:
         text, (tx, ty), (tw, th), colour, ink = _tag(out, f, k)
@@ -160,7 +164,7 @@ def draw(frame:np.ndarray, # (H, W, 3) uint8
         cv2.putText(out, text, (tx + 2, ty), cv2.FONT_HERSHEY_SIMPLEX, .5*k, ink, max(1, round(k)), cv2.LINE_AA)
     return out
 
-# %% ../../nbs/live/demo.ipynb #c016
+# %% ../../nbs/live/demo.ipynb #c017
 COLUMNS = ('frame t_ms track_id x y w h raw_label label confidence'.split() + [f'raw_{c}' for c in CLASSES] + [f'smooth_{c}' for c in CLASSES]
            + 'detect_ms classify_ms total_ms'.split())  # of the CSV
 
@@ -188,9 +192,11 @@ class CsvLog:
         self._file.write(text.getvalue())
         self._file.flush()
 
-    def close(self): self._file.close()
+    def close(self):
+        "Close the file."
+        self._file.close()
 
-# %% ../../nbs/live/demo.ipynb #c019
+# %% ../../nbs/live/demo.ipynb #c020
 class Meter:
     "Times, faces, flips and abstentions of a session."
     def __init__(self, keep:int=20_000): # times kept per part
@@ -199,7 +205,9 @@ class Meter:
         self.flips, self._last, self.first, self.t = {'raw': 0, 'smoothed': 0}, {}, None, (0., 0.)
         self.start = self.began = time.perf_counter()  # of the session, and of its first frame
 
-    def begin(self): self.began = time.perf_counter()  # loading is over
+    def begin(self):
+        "Start the clock: loading is over."
+        self.began = time.perf_counter()
 
     def add(self, t:float,    # time of the frame, ms
             step:Frame,       # what was made of it
@@ -226,7 +234,7 @@ class Meter:
         return {'frames': self.frames, 'faces': self.faces, 'tracks': self.tracks, 'seconds': wall, 'fps': self.frames/wall if wall else 0., 'first_label_s': self.first, 'latency_ms': quantiles,
                 'flips_per_minute': {k: v/face_minutes if face_minutes else None for k, v in self.flips.items()}, 'abstention_rate': self.abstained/self.faces if self.faces else None}
 
-# %% ../../nbs/live/demo.ipynb #c022
+# %% ../../nbs/live/demo.ipynb #c023
 def has_display()->bool: # True where a window can be opened
     "Whether there is a screen to draw on."
     if not sys.platform.startswith('linux'): return True
@@ -253,7 +261,9 @@ class Window:
         key = cv2.waitKey(max(1, int(wait))) & 0xff
         return key not in (ord('q'), 27) and cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) >= 1
 
-    def close(self): cv2.destroyAllWindows()
+    def close(self):
+        "Close the window."
+        cv2.destroyAllWindows()
 
 def open_window(notes:list # a line is added where no window can be had
                )->Window|None: # None without a display
@@ -262,7 +272,7 @@ def open_window(notes:list # a line is added where no window can be had
     try: return Window()
     except cv2.error: notes.append('this OpenCV build has no windows: the session runs without one'); return None
 
-# %% ../../nbs/live/demo.ipynb #c025
+# %% ../../nbs/live/demo.ipynb #c026
 _CODECS = {'.mp4': 'mp4v', '.mov': 'mp4v', '.m4v': 'mp4v', '.avi': 'MJPG', '.mkv': 'MJPG'}
 
 class Recorder:
@@ -280,6 +290,7 @@ class Recorder:
         self._out.write(image if image.shape[1::-1] == self.size else cv2.resize(image, self.size))
 
     def close(self):
+        "Finish the file."
         if self._out is not None: self._out.release()
 
 @contextlib.contextmanager
@@ -289,7 +300,7 @@ def recording(path, # file to write
     if Path(path).suffix.lower() not in _CODECS: raise FerError('bad_parameter', f'video {path}: unknown type', f'use one of {" ".join(_CODECS)}')
     with atomic_path(path) as tmp, contextlib.closing(Recorder(tmp, fps)) as out: yield out
 
-# %% ../../nbs/live/demo.ipynb #c027
+# %% ../../nbs/live/demo.ipynb #c028
 def _play(source, live, meter, log, out, window, max_frames, progress):
     "The loop over frames; says why it ended."
     frames = iter(source)
@@ -352,7 +363,7 @@ def run(source,               # video file, stream URL, or camera index such as 
     return {'source': str(source), 'model': recognizer.path.name, 'detector': recognizer.detector.name, 'every': every, **meter.summary(), 'ended': ended,
             'csv': str(csv) if csv else None, 'video': str(video) if video else None, 'notes': notes + frames.notes}
 
-# %% ../../nbs/live/demo.ipynb #c028
+# %% ../../nbs/live/demo.ipynb #c029
 def summary_table(summary:dict # what `run` gave
                  )->str:       # plain text
     "The summary of a session as text to read."
@@ -362,5 +373,5 @@ def summary_table(summary:dict # what `run` gave
              f"model {s['model']}, detector {s['detector']}" + (f" every {s['every']} frames" if s['every'] > 1 else ''),
              f"{s['fps']:.1f} frames/s over {s['seconds']:.1f} s; first label after {none(s['first_label_s'], '.2f')} s", '', f"{'ms':<10}{'mean':>8}{'p50':>8}{'p95':>8}{'n':>8}"]
     lines += [f"{k:<10}{v['mean']:>8.2f}{v['p50']:>8.2f}{v['p95']:>8.2f}{v['n']:>8}" for k, v in s['latency_ms'].items()]
-    lines += ['', f"label changes per minute: {none(flips['raw'], '.1f')} raw, {none(flips['smoothed'], '.1f')} smoothed; no label shown in {none(s['abstention_rate'], '.0%')} of the faces"]
+    lines += ['', f"label changes per minute: {none(flips['raw'], '.1f')} raw, {none(flips['smoothed'], '.1f')} smoothed; no label shown in {s['abstention_rate']:.0%} of the faces" if s['faces'] else 'no faces found']
     return '\n'.join(lines + [f"{k} written to {s[k]}" for k in ('csv', 'video') if s[k]] + [f'note: {n}' for n in s['notes']])

@@ -38,6 +38,7 @@ def read_spec(metadata:dict, # metadata_props of an ONNX file, all strings
     try:
         order, spec = json.loads(metadata['class_order']), Preprocess.from_dict(json.loads(metadata['preprocess']))
         T, threshold = float(metadata['temperature']), float(metadata['abstention_threshold'])
+    except FerError as e: raise FerError('corrupt_artifact', f'{name}: {e.what}', 'export it again') from None  # the preprocessing spec's own complaint
     except (KeyError, ValueError, TypeError) as e: raise FerError('corrupt_artifact', f'{name}: unusable metadata ({type(e).__name__}: {e})', 'export it again') from None
     if tuple(order) != CLASSES: raise FerError('class_order_mismatch', f"{name}: its classes are {' '.join(map(str, order))}, not {' '.join(CLASSES)}")
     if not (math.isfinite(T) and T > 0 and 0 <= threshold <= 1): raise FerError('corrupt_artifact', f'{name}: temperature {T} or abstention threshold {threshold} out of range', 'calibrate and export it again')
@@ -151,7 +152,8 @@ class Recognizer:
         self._buffer, self._lock = np.empty((0, self.spec.channels, self.spec.size, self.spec.size), np.float32), threading.Lock()
 
     @property
-    def detector(self): # made on first use, since `classify` needs none
+    def detector(self): # an object with `.detect(image)` and `.name`
+        "The face detector; made on first use, since `classify` needs none."
         if isinstance(self._detector, (str, Path)): self._detector = make_detector(str(self._detector), threads=self._threads)
         return self._detector
 
@@ -238,9 +240,9 @@ def predictions_table(rows:list[dict] # what `predict` gave
                      )->str:          # plain text, one line per face
     "The rows of `predict` as a table to read."
     head = ('photo', 'face', 'label', 'confidence', 'x y w h')
-    def cells(r):
+    def _cells(r):
         if r['face'] is None: return (r['file'], '-', 'no face found', '', '')
         return (r['file'], str(r['face']), f"unsure ({r['label']})" if r['abstained'] else r['label'], f"{r['confidence']:.2f}", ' '.join(f'{v:.0f}' for v in r['box']))
-    lines = [head, *map(cells, rows)]
+    lines = [head, *map(_cells, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return '\n'.join('  '.join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines)

@@ -57,7 +57,9 @@ class Tracker:
         self._boxes, self._move, self._age = np.empty((0, 4)), np.empty((0, 2)), np.empty(0, int)
 
     @property
-    def ids(self)->list[int]: return self._ids.tolist()  # alive: seen, or missing for at most max_age updates
+    def ids(self)->list[int]: # ids that are seen, or missing for at most max_age updates
+        "The ids that are alive."
+        return self._ids.tolist()
 
     def update(self, boxes:np.ndarray # (n, 4) x, y, w, h of this frame's faces
               )->np.ndarray:          # (n,) int64 ids, from 1

@@ -6,7 +6,8 @@
 from __future__ import annotations
 from pathlib import Path
 import pandas as pd
-from ..artifacts import FerError, Run, parent, patch_to, read_json
+from ..artifacts import FerError, Run, parent, patch_to, read_json, write_json
+from ..data.manifest import read_manifest
 from ..distill.student import adopted_run
 from ..evaluate import gates as rules, metrics as scores, statistics
 from ..train.judge import read_logits
@@ -67,9 +68,20 @@ def results(self)->pd.DataFrame:
     "The results table; also recorded in the run."
     rows = self.rows()
     self.run.record(metrics={r['model']: {k: v for k, v in r.items() if k not in ('model', 'sample', 'run')} | {'in_sample': r['sample'] == 'in-sample', 'run': r['run']} for r in rows})
+    write_json(self.run.path('results.json'), [self._public(r) for r in rows])
     return pd.DataFrame(rows).set_index('model').round(4).astype(object).where(lambda t: t.notna(), '')
 
 # %% ../../nbs/runs/pipeline.ipynb #c008
+@patch_to(Pipeline)
+def _public(self, row):
+    "A row of `results.json`."
+    table = read_manifest(self.data/'classification_manifest.csv')
+    usage = '+'.join(sorted(set(table['usage'][table['split'] == 'test'].dropna().astype(str)) - {''})) or 'test'
+    keep = {k: row[k] for k in ('model', 'params', 'input', 'n', 'seed', 'accuracy', 'macro_f1', 'run')}
+    return keep | {'dataset': '+'.join(self.dataset['sources']), 'split': usage, 'dataset_sha256': self.dataset['sha256'], 'macro_f1_ci': [row['macro_f1_low'], row['macro_f1_high']],
+                   'ece_before': row['ece_raw'], 'ece_after': row['ece']}
+
+# %% ../../nbs/runs/pipeline.ipynb #c010
 @patch_to(Pipeline)
 def gates(self)->pd.DataFrame:
     "All verdicts of the path; a gate nobody judged fails as missing."
@@ -102,7 +114,7 @@ def histories(self, folders)->dict: # run folders; name -> history
     "Training histories by model name."
     return {_name(f): read_json(Path(f)/'history.json') for f in folders}
 
-# %% ../../nbs/runs/pipeline.ipynb #c010
+# %% ../../nbs/runs/pipeline.ipynb #c012
 @patch_to(Pipeline)
 def phases(self)->pd.DataFrame:
     "Validation and test figures of each student phase, and whether it was adopted."
@@ -145,7 +157,7 @@ def mcnemar(self)->pd.DataFrame:
     others = {'ensemble': self.ensemble} | ({'student CE': self.students[0]} if self.students[0] != self.student else {})
     return pd.DataFrame({f'{_name(self.student)} (A) against {n} (B)': statistics.mcnemar(a.argmax(1) == y, self._probs(f)[0].argmax(1) == y) for n, f in others.items()}).T
 
-# %% ../../nbs/runs/pipeline.ipynb #c012
+# %% ../../nbs/runs/pipeline.ipynb #c014
 @patch_to(Pipeline)
 def compression(self)->pd.DataFrame:
     "Variants of the released student."

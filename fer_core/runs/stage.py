@@ -136,7 +136,8 @@ def _execute(stage, run, given, timeout):
     home = str(Path(__file__).parents[2])
     os.environ['PYTHONPATH'] = os.pathsep.join(dict.fromkeys([home, *filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep))]))
     papermill.execute_notebook(str(stage_notebook(stage)), str(run.path(f'{stage}.ipynb')), parameters=given, kernel_name='python3',
-                               progress_bar=False, log_output=False, execution_timeout=timeout or None, cwd=os.getcwd())
+                               progress_bar=False, log_output=False, execution_timeout=timeout or None, cwd=os.getcwd(),
+                               extra_arguments=['--log-level=ERROR']) # silences the note that a local kernel talks over local TCP
 
 def run_stage(stage:str,       # stage name
               given:dict,      # parameters, as text or typed

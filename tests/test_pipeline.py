@@ -1,0 +1,92 @@
+"The whole path with tiny models: every stage notebook by papermill, the report, the released student, resumption."
+import json, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest
+
+FER = str(Path(sys.executable).parent/'fer')
+PLAN = '''
+data:       {stage: curate, faces: 700, face_size: 32}
+one:        {stage: teacher, data: '@data', backbone: resnet18, size: 32, epochs: 1}
+two:        {stage: teacher, data: '@data', backbone: mobilenetv3_small_050, size: 32, epochs: 1, output_stride: 16}
+ensemble:   {stage: ensemble, data: '@data', teachers: ['@one', '@two'], views: 2}
+ce:         {stage: student, data: '@data', phase: ce, backbone: mobilenetv3_small_050, size: 32, epochs: 1}
+kd:         {stage: student, data: '@data', phase: kd, before: '@ce', softlabels: '@ensemble', size: 32, epochs: 1}
+dkd:        {stage: student, data: '@data', phase: dkd, before: '@kd', softlabels: '@ensemble', size: 32, epochs: 1}
+calibrate:  {stage: calibrate, student: '@dkd', ensemble: '@ensemble', teachers: ['@one', '@two']}
+compress:   {stage: compress, data: '@data', student: '@dkd', calibration: '@calibrate', faces: 100}
+benchmark:  {stage: benchmark, data: '@data', compressed: '@compress', seconds: 1.0, warmup: 5, timed: 20}
+thesis:     {stage: thesis, data: '@data', teachers: ['@one', '@two'], ensemble: '@ensemble', students: ['@ce', '@kd', '@dkd'], calibration: '@calibrate', compressed: '@compress', benchmark: '@benchmark'}
+'''
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+    home = tmp_path_factory.mktemp('path')
+    (home/'plan.yaml').write_text(PLAN)
+    command = [FER, 'quickstart', '--plan', str(home/'plan.yaml'), '--out', str(home/'runs'), '--reports', str(home/'reports')]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home, command, done.stdout
+
+
+def run_of(home, stage): return sorted((home/'runs').glob(f'*-{stage}-*'))
+
+
+def test_it_ends_with_verdicts_report_and_demo(path):
+    _, _, said = path
+    assert 'Gates: ' in said and 'G-student' in said and 'Report: ' in said and 'fer demo' in said
+
+
+def test_the_report_is_self_contained_and_carries_its_figures(path):
+    home, _, _ = path
+    page = next((home/'reports').glob('*/thesis.html')).read_text()
+    for part in ('Results', 'Gates', 'Per class', 'Confidence', 'latency', 'data:image/png', 'held-out'): assert part in page, part
+    assert 'src="http' not in page and page.count('data:image/png') >= 8
+
+
+def test_every_run_verifies(path):
+    home, _, _ = path
+    for run in (home/'runs').iterdir():
+        done = subprocess.run([FER, 'verify', str(run)], capture_output=True, text=True)
+        assert done.returncode == 0, (run.name, done.stderr)
+
+
+def test_softlabel_and_release_contracts(path):
+    home, _, _ = path
+    ensemble, compress = run_of(home, 'ensemble')[0], run_of(home, 'compress')[0]
+    for name in ('softlabels.npz', 'softlabels_index.jsonl', 'classorder.json', 'ensemble_metrics.json', 'alignmentreport.json', 'hash_manifest.json'): assert (ensemble/name).is_file(), name
+    for name in ('student.onnx', 'student_int8.onnx', 'student.safetensors', 'config.json', 'MODEL_CARD.md', 'hash_manifest.json'): assert (compress/name).is_file(), name
+
+
+def test_parity_of_the_exported_student(path):
+    home, _, _ = path
+    verdicts = {v['rule']: v for v in json.loads((run_of(home, 'compress')[0]/'run.json').read_text())['gates']}
+    assert verdicts['parity.top1_agreement']['passed'] and verdicts['parity.max_abs_logit']['passed']
+
+
+def test_the_recogniser_agrees_with_the_trained_student(path):
+    "The live path (OpenCV, numpy, onnxruntime) gives what torch gives on the same picture files."
+    import torch
+    from fer_core import Recognizer
+    from fer_core.data.manifest import read_manifest
+    from fer_core.data.preprocess import Preprocess, normalise, standardise
+    from fer_core.data.sources import read_image
+    from fer_core.distill.student import adopted_run
+    from fer_core.models.backbones import load_model
+    home, _, _ = path
+    compress, data = run_of(home, 'compress')[0], run_of(home, 'curate')[0]
+    table = read_manifest(data/'classification_manifest.csv').query("split == 'test'").head(60)
+    root = json.loads((data/'source.json').read_text())['root']
+    crops = [read_image(root, p) for p in table['path']]
+    recogniser = Recognizer(compress/'student.onnx')
+    model, spec, _ = load_model(adopted_run(Path(json.loads((compress/'run.json').read_text())['parameters']['student'])))
+    x = np.stack([normalise(standardise(c, spec), spec) for c in crops])
+    with torch.no_grad(): expected = (model(torch.from_numpy(x))/recogniser.temperature).softmax(1).numpy()
+    assert spec == recogniser.spec and np.abs(recogniser.classify(crops) - expected).max() < 1e-4
+
+
+def test_started_again_it_only_looks(path):
+    home, command, _ = path
+    before = sorted(p.name for p in (home/'runs').iterdir())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count('reused') == 11 and sorted(p.name for p in (home/'runs').iterdir()) == before

@@ -1,0 +1,149 @@
+"Stages as a user runs them: the `fer` command, papermill, interruptions, bad input. Tiny models, real runs."
+import json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pytest
+from fer_core.artifacts import FAILURES
+
+FER = str(Path(sys.executable).parent/'fer')
+TINY = ['-p', 'backbone=mobilenetv3_small_050', '-p', 'size=32', '-p', 'batch_size=16', '-p', 'output_stride=16', '-p', 'lr=0.003']
+
+
+def fer(*words, out, check=0, **kw):
+    "Run `fer`; the exit code must be as expected."
+    done = subprocess.run([FER, *map(str, words), '--out', str(out)], capture_output=True, text=True, timeout=400, **kw)
+    assert done.returncode == check, done.stderr[-2000:]
+    return done
+
+
+def only_run(out, stage): 
+    found = sorted(Path(out).glob(f'*-{stage}-*'))
+    assert len(found) == 1, found
+    return found[0]
+
+
+def manifest(run): return json.loads((run/'run.json').read_text())
+
+
+@pytest.fixture(scope='module')
+def curated(tmp_path_factory):
+    out = tmp_path_factory.mktemp('curated')
+    fer('run', 'curate', '-p', 'faces=560', '-p', 'face_size=32', out=out)
+    return only_run(out, 'curate')
+
+
+@pytest.fixture(scope='module')
+def whole(curated, tmp_path_factory):
+    "An uninterrupted teacher run."
+    out = tmp_path_factory.mktemp('whole')
+    fer('run', 'teacher', '-p', f'data={curated}', '-p', 'epochs=4', *TINY, out=out)
+    return only_run(out, 'teacher')
+
+
+def test_curate_run_is_complete_and_verifies(curated):
+    for name in ('classification_manifest.csv', 'classification_manifest_hq_train.csv', 'test_all_sources.csv', 'manifest_validation.json', 'clean_report.json', 'hash_manifest.json', 'curate.ipynb'):
+        assert (curated/name).is_file(), name
+    assert manifest(curated)['status'] == 'accepted'
+    done = subprocess.run([FER, 'verify', str(curated)], capture_output=True, text=True)
+    assert done.returncode == 0 and 'all as recorded' in done.stdout
+
+
+def test_teacher_run_holds_the_contract(whole):
+    for name in ('run.json', 'best.safetensors', 'config.json', 'last.ckpt', 'history.json', 'train_log.csv', 'metrics.json', 'reliabilitymetrics.json', 'calibration.json', 'alignmentreport.json', 'hash_manifest.json', 'teacher.ipynb'):
+        assert (whole/name).is_file(), name
+    m = manifest(whole)
+    assert m['dataset']['sha256'] and m['preprocessing']['size'] == 32 and m['parents']['data']['sha256'] and m['seeds'] == {'train': 0}
+    assert all({'n', 'split', 'in_sample'} <= set(v) for v in m['metrics'].values())
+    assert not m['metrics']['teacher/test']['in_sample'] and m['metrics']['teacher/val']['in_sample']
+
+
+def test_verify_names_a_changed_file(whole, tmp_path):
+    import shutil
+    copy = tmp_path/whole.name
+    shutil.copytree(whole, copy)
+    with open(copy/'metrics.json', 'a') as f: f.write(' ')
+    done = subprocess.run([FER, 'verify', str(copy)], capture_output=True, text=True)
+    assert done.returncode == FAILURES['hash_mismatch'].exit_code and 'metrics.json' in done.stderr
+
+
+@pytest.mark.parametrize('given, words', [('epoch=3', "did you mean 'epochs'"), ('epochs=many', 'is not an int'), ('epochs=2.5', 'is not an int')])
+def test_bad_parameter_stops_before_anything_runs(given, words, tmp_path):
+    done = fer('run', 'teacher', '-p', given, out=tmp_path, check=FAILURES['bad_parameter'].exit_code)
+    assert words in done.stderr and not list(tmp_path.iterdir()) and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_missing_data_folder_is_one_line_and_a_code(tmp_path):
+    done = fer('run', 'curate', '-p', 'data=/no/such/folder', out=tmp_path, check=FAILURES['missing_file'].exit_code)
+    assert '/no/such/folder' in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert manifest(only_run(tmp_path, 'curate'))['failure']['code'] == 'missing_file'
+
+
+def test_label_nine_names_the_row(tmp_path):
+    pixels = ' '.join(['7']*2304)
+    (tmp_path/'raw').mkdir()
+    (tmp_path/'raw'/'fer2013.csv').write_text('emotion,pixels,Usage\n' + f'3,{pixels},Training\n9,{pixels},Training\n')
+    done = fer('run', 'curate', '-p', f'data={tmp_path/"raw"}', out=tmp_path/'runs', check=FAILURES['unknown_label'].exit_code)
+    assert 'fer2013.csv' in done.stderr and '9' in done.stderr
+
+
+def test_resume_that_would_train_nothing(curated, whole, tmp_path):
+    done = fer('run', 'teacher', '-p', f'data={curated}', '-p', 'epochs=4', '-p', f'resume_from={whole/"last.ckpt"}', *TINY, out=tmp_path, check=FAILURES['no_op_resume'].exit_code)
+    assert '4 epochs' in done.stderr and manifest(only_run(tmp_path, 'teacher'))['failure']['code'] == 'no_op_resume'
+
+
+def test_resume_from_a_truncated_checkpoint(curated, whole, tmp_path):
+    cut = tmp_path/'cut.ckpt'
+    cut.write_bytes((whole/'last.ckpt').read_bytes()[:50_000])
+    done = fer('run', 'teacher', '-p', f'data={curated}', '-p', 'epochs=6', '-p', f'resume_from={cut}', *TINY, out=tmp_path/'runs', check=FAILURES['corrupt_artifact'].exit_code)
+    assert 'cut.ckpt' in done.stderr
+
+
+def start(curated, out):
+    return subprocess.Popen([FER, 'run', 'teacher', '-p', f'data={curated}', '-p', 'epochs=4', *TINY, '--out', str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_epoch(out, fraction, process):
+    "Wait until the run's progress passes a number of epochs."
+    end = time.monotonic() + 200
+    while time.monotonic() < end and process.poll() is None:
+        for p in Path(out).glob('*/progress.json'):
+            try: state = json.loads(p.read_text())
+            except ValueError: continue
+            if state['text'].startswith('epoch') and state['done'] >= fraction: return
+        time.sleep(.02)
+
+
+def test_killed_three_times_the_run_ends_as_if_it_had_not_been(curated, whole, tmp_path):
+    for moment in sorted(random.Random(os.getpid()).uniform(.1, 3.5) for _ in range(3)):
+        process = start(curated, tmp_path)
+        wait_for_epoch(tmp_path, moment, process)
+        process.send_signal(signal.SIGKILL); process.wait()
+    assert start(curated, tmp_path).wait() == 0
+    run = only_run(tmp_path, 'teacher')
+    for name in ('metrics.json', 'best.safetensors'): assert (run/name).read_bytes() == (whole/name).read_bytes(), name
+    mine, theirs = (json.loads((r/'history.json').read_text()) for r in (run, whole))
+    assert [{k: v for k, v in e.items() if k != 'seconds'} for e in mine] == [{k: v for k, v in e.items() if k != 'seconds'} for e in theirs]
+    assert any('resumed' in note for note in manifest(run)['notes'])
+
+
+def test_ctrl_c_keeps_what_was_done(curated, tmp_path):
+    process = start(curated, tmp_path)
+    wait_for_epoch(tmp_path, 1.2, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == FAILURES['interrupted'].exit_code
+    run = only_run(tmp_path, 'teacher')
+    assert manifest(run)['failure']['code'] == 'interrupted' and len(json.loads((run/'history.json').read_text())) >= 1
+    assert len(process.stderr.read().strip().splitlines()) == 1
+
+
+def test_softlabels_of_another_manifest_are_refused(curated, whole, tmp_path):
+    from fer_core.artifacts import FerError, Run
+    from fer_core.data.loader import open_pack
+    from fer_core.data.preprocess import Preprocess
+    from fer_core.teach.softlabels import export_softlabels, read_softlabels
+    run = Run.create(tmp_path/'ensemble', 'ensemble')
+    export_softlabels(run, curated, [whole], {'weights': [1.], 'temperatures': [1.], 'temperature': 1.}, views=1)
+    other = tmp_path/'other'
+    other.mkdir()
+    fer('run', 'curate', '-p', 'faces=560', '-p', 'face_size=32', '-p', 'seed=1', out=other)
+    with pytest.raises(FerError) as e: read_softlabels(run.folder, open_pack(only_run(other, 'curate'), Preprocess(size=32)))
+    assert e.value.code == 'softlabel_misaligned'
