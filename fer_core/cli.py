@@ -86,22 +86,30 @@ def _report_run(done, as_json):
     if m.metrics: print(metrics_table(done).to_string(float_format=lambda v: f'{v:.4f}'))
 
 # %% ../nbs/cli.ipynb #c009
-def _plan_change(data, source):
-    return {} if data is None else {'data': {'data': str(data), 'source': source}}
+def _plan_change(data, source, given):
+    "Parameters that the command line sets over the plan's."
+    change = {} if data is None else {'data': {'data': str(data), 'source': source}}
+    for key, value in _pairs(given or ()).items():
+        step, dot, name = key.partition('.')
+        if not dot: raise FerError('bad_parameter', f'--set {key}={value} names no step', 'write --set step.parameter=value')
+        change.setdefault(step, {})[name] = value
+    return change
 
 @app.command()
 def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as downloaded: FER2013, FERPlus, class folders; default: procedural faces')] = None,
                source:Annotated[str, typer.Option(help="adapter for --data: 'auto', 'fer2013', 'ferplus', 'folder' or 'synthetic'")] = 'auto',
                plan:Annotated[Optional[Path], typer.Option(help='plan to run (default: papermill_runs/quickstart.yaml)')] = None,
+               given:Annotated[Optional[list[str]], typer.Option('--set', help="step.parameter=value over the plan's; repeatable")] = None,
                out:Out = None,
                reports:Annotated[Path, typer.Option(help='where the report page goes')] = Path('reports'),
                fresh:Annotated[bool, typer.Option(help='run every stage anew')] = False):
     "The whole path: curate, teachers, ensemble, student CE-KD-DKD, calibration, INT8, latency, report. Resumes where it stopped."
     from fer_core.runs.plan import plans_folder, read_plan, run_plan
     from fer_core.runs.report import overall, publish
+    if data is None and plan is None and source != 'auto': raise FerError('bad_parameter', f'--source {source} without --data', 'give the folder of the dataset')
     if data is not None and not data.exists(): raise FerError('missing_file', f'{data} is not there', 'give the folder of the dataset, or leave --data out for procedural faces')
     bar, began = Progress(), time.time()
-    steps = read_plan(plan or plans_folder()/'quickstart.yaml', _plan_change(data, source))
+    steps = read_plan(plan or plans_folder()/'quickstart.yaml', _plan_change(data, source, given))
     def tell(step, run, reused, seconds):
         bar.close()
         print(f'{step.name:12} {run.manifest.status:9} {"reused" if reused else f"{seconds:5.0f} s"}  {run.folder}', flush=True)

@@ -44,6 +44,11 @@ class Faces(CalibrationDataReader):
 # %% ../../nbs/compress/quantize.ipynb #c007
 METHODS = {'minmax': CalibrationMethod.MinMax, 'percentile': CalibrationMethod.Percentile, 'entropy': CalibrationMethod.Entropy}
 
+def _named(proto):
+    "Name the nodes that an optimiser left nameless after what they make, so that each can be excluded."
+    for n in proto.graph.node: n.name = n.name or f'{n.op_type}_{n.output[0]}'
+    return proto
+
 def _kept_float(graph, exclude):
     names, types = {n.name for n in graph.node}, {n.op_type for n in graph.node}
     lost = sorted(set(exclude) - names - types)
@@ -74,7 +79,9 @@ def quantize_static_int8(fp32_path,          # float ONNX file of ours
     with tempfile.TemporaryDirectory() as tmp:
         ready, raw = Path(tmp)/'ready.onnx', Path(tmp)/'int8.onnx'
         with quiet(): quant_pre_process(str(fp32_path), str(ready))
-        kept = _kept_float(onnx.load(ready).graph, set(exclude))
+        proto = _named(onnx.load(ready))
+        onnx.save(proto, str(ready))
+        kept = _kept_float(proto.graph, set(exclude))
         with quiet(): quantize_static(str(ready), str(raw), faces, QuantFormat.QDQ, per_channel=True, reduce_range=reduce_range, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                                       calibrate_method=METHODS[method], nodes_to_exclude=kept, calibration_providers=['CPUExecutionProvider'],
                                       extra_options={'CalibPercentile': percentile, 'CalibStridedMinMax': 1})

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/synthetic.ipynb #c002
 from __future__ import annotations
-import csv
+import csv, os
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -553,8 +553,12 @@ def _claim(root, marker): # make the folder ours, or say why not
     elif root.is_dir() and any(root.iterdir()): raise FerError('bad_parameter', f'{root} holds other files and no {MARKER}', 'name a new folder')
     else: write_json(root/MARKER, marker)
 
-def _write_png(path, image):
-    with atomic_path(path) as tmp: tmp.write_bytes(cv2.imencode('.png', image)[1].tobytes())
+def _write_png(path, image): # whole or absent, by rename; not fsynced
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        tmp.write_bytes(cv2.imencode('.png', image)[1].tobytes())
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
 
 # %% ../../nbs/data/synthetic.ipynb #c055
 def write_dataset(root,             # folder to make, or to complete
@@ -572,6 +576,7 @@ def write_dataset(root,             # folder to make, or to complete
     total = sum(n.values())
     here = {str(p.relative_to(root)) for p in root.glob('*/*/p*.png') if p.stat().st_size}
     done = 0
+    for s, label in ((s, c) for s in SPLITS for c in CLASSES): (root/s/label).mkdir(parents=True, exist_ok=True)
     for s, plan in plans.items():
         for label, person, i in plan:
             name, k = f'{s}/{label}/p{person:05d}_{i:06d}.png', SPLITS.index(s)

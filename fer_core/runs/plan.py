@@ -35,6 +35,7 @@ def read_plan(path, # YAML file
     except yaml.YAMLError as e: raise FerError('bad_parameter', f'{path} is not valid YAML ({str(e).splitlines()[0]})', 'correct the file') from None
     if not isinstance(raw, dict) or not raw: raise FerError('bad_parameter', f'{path} holds no steps', 'write `name: {stage: teacher, …}` lines')
     steps = []
+    if unknown := sorted(set(change or {}) - set(raw)): raise FerError('bad_parameter', f'{path} has no step {unknown[0]!r}', f'its steps: {", ".join(raw)}')
     for name, entry in raw.items():
         if not isinstance(entry, dict) or 'stage' not in entry: raise FerError('bad_parameter', f'{path}: step {name!r} names no stage', 'write `stage: teacher` in it')
         steps.append(Step(name, entry['stage'], {k: v for k, v in entry.items() if k != 'stage'} | (change or {}).get(name, {})))
