@@ -88,7 +88,7 @@ def _report_run(done, as_json):
 # %% ../nbs/cli.ipynb #c009
 def _plan_change(data, source, given):
     "Parameters that the command line sets over the plan's."
-    change = {} if data is None else {'data': {'data': str(data), 'source': source}}
+    change = {} if data is None else {'data': {'data': str(data)} | ({} if source == 'auto' else {'source': source})}
     for key, value in _pairs(given or ()).items():
         step, dot, name = key.partition('.')
         if not dot: raise FerError('bad_parameter', f'--set {key}={value} names no step', 'write --set step.parameter=value')
