@@ -99,7 +99,7 @@ class YuNet:
             with _quiet_opencv():
                 self._net = cv2.FaceDetectorYN.create(str(path), '', self._size, score, nms, 5000)
                 self._net.detect(np.zeros((64, 64, 3), np.uint8))
-        except cv2.error as e: raise FerError('corrupt_artifact', f'{path} is not a YuNet model that OpenCV {cv2.__version__} can run ({str(e).strip().splitlines()[0]})', 'pass face_detection_yunet_2023mar.onnx') from None
+        except cv2.error: raise FerError('corrupt_artifact', f'{path} is not a YuNet model that OpenCV {cv2.__version__} can run', 'pass face_detection_yunet_2023mar.onnx') from None
 
     def detect(self, image:np.ndarray # (h, w[, 3]) uint8, BGR or grey
               )->Detections:          # faces, most certain first

@@ -112,6 +112,7 @@ def locate(self, frame:np.ndarray # (H, W, 3) uint8
     if self.every > 1:  # the grey frame is needed for following only
         small, back = shrink(frame, 640)
         before, self._grey = self._grey, cv2.cvtColor(small, cv2.COLOR_BGR2GRAY)
+        search = search or before.shape != self._grey.shape  # the camera came back with another size
     if search: self._last = self.recognizer.detector.detect(frame)
     elif len(self._last):
         boxes, marks = follow(before, self._grey, self._last.boxes/np.tile(back, 2), self._last.landmarks/back)
