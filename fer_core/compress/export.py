@@ -6,7 +6,7 @@
 from __future__ import annotations
 import contextlib, io, json, logging, math, os, warnings
 from pathlib import Path
-import numpy as np, onnx, torch
+import numpy as np, onnx, onnxscript.optimizer, torch
 from torch import nn
 from ..artifacts import FerError, atomic_path
 from ..data.preprocess import Preprocess
@@ -93,6 +93,8 @@ def _example(model, spec):
     return x
 
 # %% ../../nbs/compress/export.ipynb #c010
+_FOLD = 2**24  # bytes: constants up to this size are computed at export; torch's own limit leaves the cosine head's normalised weights to run time, out of reach of quantisation
+
 def export_onnx(model:nn.Module,      # (n, channels, size, size) float32 -> (n, 7) logits
                 path,                 # ONNX file to write
                 spec:Preprocess,      # preprocessing it was trained with
@@ -108,8 +110,11 @@ def export_onnx(model:nn.Module,      # (n, channels, size, size) float32 -> (n,
     metadata = make_metadata(spec, temperature, threshold, licence=licence, run_id=run_id, weights_sha256=weights_sha256, precision=precision)
     with evaluating(model):
         x = _example(model, spec)
-        with quiet(): program = torch.onnx.export(model, (x,), dynamo=True, input_names=['input'], output_names=['logits'], external_data=False,
-                                                  dynamic_shapes=({0: torch.export.Dim('batch')},), opset_version=opset, verbose=False)
+        with quiet():
+            program = torch.onnx.export(model, (x,), dynamo=True, input_names=['input'], output_names=['logits'], external_data=False,
+                                        dynamic_shapes=({0: torch.export.Dim('batch')},), opset_version=opset, verbose=False)
+            onnxscript.optimizer.fold_constants(program.model, input_size_limit=_FOLD, output_size_limit=_FOLD)
+            onnxscript.optimizer.remove_unused_nodes(program.model)
     return save_onnx(program.model_proto, path, metadata)
 
 # %% ../../nbs/compress/export.ipynb #c016

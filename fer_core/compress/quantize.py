@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np, onnx
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quant_pre_process, quantize_static
 from ..artifacts import FerError
-from .export import open_onnx, quiet, read_metadata, save_onnx, write_metadata
+from .export import onnx_logits, quiet, read_metadata, save_onnx
 
 # %% auto #0
 __all__ = ['METHODS', 'Faces', 'quantize_static_int8', 'sensitive_nodes']
@@ -78,7 +78,7 @@ def quantize_static_int8(fp32_path,          # float ONNX file of ours
     faces = Faces(inputs, batch)
     with tempfile.TemporaryDirectory() as tmp:
         ready, raw = Path(tmp)/'ready.onnx', Path(tmp)/'int8.onnx'
-        with quiet(): quant_pre_process(str(fp32_path), str(ready))
+        with quiet(): quant_pre_process(str(fp32_path), str(ready), skip_optimization=True)
         proto = _named(onnx.load(ready))
         onnx.save(proto, str(ready))
         kept = _kept_float(proto.graph, set(exclude))
@@ -91,24 +91,32 @@ def quantize_static_int8(fp32_path,          # float ONNX file of ours
     return save_onnx(proto, int8_path, told | {'precision': 'int8', 'calibration_sha256': faces.sha256(), 'calibration_n': str(len(inputs)), 'calibration_method': method, 'float_nodes': ' '.join(kept)})
 
 # %% ../../nbs/compress/quantize.ipynb #c017
-def sensitive_nodes(int8_path,         # quantised ONNX file of ours
-                    inputs:np.ndarray, # (n, channels, size, size) float32; some tens will do
-                   )->list[dict]:      # node, type, snr_db of its rounded output; worst first
-    "Which activations lose most by rounding to 8 bits."
-    proto = onnx.load(int8_path)
-    maker = {o: n for n in proto.graph.node for o in n.output}
-    weights = {w.name for w in proto.graph.initializer}
-    pairs = [(n.input[0], d.output[0]) for n in proto.graph.node if n.op_type == 'QuantizeLinear' and n.input[0] not in weights
-             for d in proto.graph.node if d.op_type == 'DequantizeLinear' and d.input[0] == n.output[0]]
-    pairs = list(dict(pairs).items())
-    known = {o.name for o in proto.graph.output} | {i.name for i in proto.graph.input}
-    proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(t) for t in dict.fromkeys(t for p in pairs for t in p) if t not in known)
-    with tempfile.TemporaryDirectory() as tmp:
-        onnx.save(proto, str(Path(tmp)/'open.onnx'))
-        session = open_onnx(Path(tmp)/'open.onnx')
-        names = [o.name for o in session.get_outputs()]
-        seen = dict(zip(names, session.run(names, {'input': inputs}))) | {'input': inputs}
-    rows = [{'node': maker[a].name if a in maker else a, 'type': maker[a].op_type if a in maker else 'input', 'snr_db': _snr(seen[a], seen[b])} for a, b in pairs]
-    return sorted(rows, key=lambda r: r['snr_db'])
+def _activations(graph):
+    "Rounded activations: {dequantised tensor: original tensor}."
+    weights, source = {w.name for w in graph.initializer}, {n.output[0]: n.input[0] for n in graph.node if n.op_type == 'QuantizeLinear'}
+    return {n.output[0]: source[n.input[0]] for n in graph.node if n.op_type == 'DequantizeLinear' and source.get(n.input[0], None) not in weights | {None}}
 
-def _snr(signal, rounded): return float(10*np.log10((signal**2).sum()/max(((signal - rounded)**2).sum(), 1e-30)))
+def _unrounded(proto, rounded, original):
+    "A copy of the graph in which one activation skips its rounding."
+    copy = onnx.ModelProto.FromString(proto.SerializeToString())
+    for n in copy.graph.node:
+        for i, name in enumerate(n.input):
+            if name == rounded: n.input[i] = original
+    return copy
+
+def sensitive_nodes(int8_path,         # quantised ONNX file of ours
+                    fp32_path,         # its float model
+                    inputs:np.ndarray, # (n, channels, size, size) float32; some tens will do
+                    threads:int=1      # intra-op threads
+                   )->list[dict]:      # node, type, gain: share of the mean logit shift that its rounding causes; worst first
+    "Which activations cost most by being rounded to 8 bits."
+    proto, z = onnx.load(int8_path), onnx_logits(fp32_path, inputs, threads=threads)
+    maker = {o: n for n in proto.graph.node for o in n.output}
+    with tempfile.TemporaryDirectory() as tmp:
+        def shift(model):
+            onnx.save(model, str(Path(tmp)/'one.onnx'))
+            return float(np.abs(onnx_logits(Path(tmp)/'one.onnx', inputs, threads=threads) - z).mean())
+        base = shift(proto)
+        rows = [{'node': maker[a].name if a in maker else a, 'type': maker[a].op_type if a in maker else 'input', 'gain': 1 - shift(_unrounded(proto, b, a))/max(base, 1e-12)}
+                for b, a in _activations(proto.graph).items() if b != 'logits']
+    return sorted(rows, key=lambda r: -r['gain'])

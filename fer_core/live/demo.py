@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2, numpy as np
 from ..artifacts import FerError, atomic_path, patch_to
 from ..faces.detect import Detections, _quiet_opencv, as_bgr, fetch_yunet, shrink
-from ..labels import CLASSES, COLOURS, N_CLASSES
+from ..labels import CLASSES, COLOURS
 from .recognise import Face, Recognizer, face_crops
 from .stabilise import Stabilisers, count_flips
 from .track import Tracker, follow
