@@ -176,13 +176,11 @@ def _model(path):
 @app.command()
 def predict(photos:Annotated[list[Path], typer.Argument(help='photos')], model:Model = None, detector:Detector = 'auto', as_json:Json = False):
     "Faces and expressions in photos."
-    from fer_core.live.recognise import Recognizer, format_table, predict as predict_photos
-    rows, problem = [], None
-    recognizer = Recognizer(_model(model), detector)
-    for photo in photos: # one bad photo does not cost the others their answer
-        try: rows += predict_photos([photo], recognizer)
-        except FerError as e: problem = problem or e
-    print(json.dumps(rows, indent=2, default=lambda x: x.tolist()) if as_json else format_table(rows))
+    from fer_core.live.recognise import Recognizer, predict as predict_photos, predictions_table
+    recognizer, problem = Recognizer(_model(model), detector), None
+    try: rows = predict_photos(photos, recognizer)
+    except FerError as e: rows, problem = getattr(e, 'rows', []), e # one bad photo does not cost the others their answer
+    print(json.dumps(rows, indent=2, default=lambda x: x.tolist()) if as_json else predictions_table(rows))
     if problem: raise problem
 
 # %% ../nbs/cli.ipynb #c015

@@ -78,7 +78,7 @@ def quantize_static_int8(fp32_path,          # float ONNX file of ours
     faces = Faces(inputs, batch)
     with tempfile.TemporaryDirectory() as tmp:
         ready, raw = Path(tmp)/'ready.onnx', Path(tmp)/'int8.onnx'
-        with quiet(): quant_pre_process(str(fp32_path), str(ready), skip_optimization=True)
+        with quiet(): quant_pre_process(str(fp32_path), str(ready), skip_optimization=True, skip_symbolic_shape=True)
         proto = _named(onnx.load(ready))
         onnx.save(proto, str(ready))
         kept = _kept_float(proto.graph, set(exclude))

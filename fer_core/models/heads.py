@@ -10,7 +10,7 @@ from torch import nn, Tensor
 from ..artifacts import FerError
 
 # %% auto #0
-__all__ = ['LinearHead', 'add_margin', 'ArcFaceHead', 'margin_at', 'make_head']
+__all__ = ['LinearHead', 'add_margin', 'unit', 'ArcFaceHead', 'margin_at', 'make_head']
 
 # %% ../../nbs/models/heads.ipynb #c004
 class LinearHead(nn.Linear):
@@ -38,6 +38,11 @@ def add_margin(cos:Tensor, # cosine of the angle to the target class, any shape,
     return torch.where(cos >= -math.cos(m), shifted, cos - m*math.sin(m))
 
 # %% ../../nbs/models/heads.ipynb #c009
+def unit(x:Tensor # (n, width)
+        )->Tensor: # (n, width), rows of length 1; a row of zeros stays zeros
+    "Rows scaled to length one, by a plain division, which exports to ONNX without shape arithmetic."
+    return x/x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
 class ArcFaceHead(nn.Module):
     "Cosine logits; in training the target's angle carries an additive margin."
     def __init__(self, in_features:int, # width of an embedding
@@ -54,7 +59,7 @@ class ArcFaceHead(nn.Module):
         "Cosine of the angle between each embedding and each class weight."
         with torch.autocast(embeddings.device.type, enabled=False):
             wide = torch.promote_types(embeddings.dtype, torch.float32)
-            return F.linear(F.normalize(embeddings.to(wide)), F.normalize(self.weight.to(wide)))
+            return F.linear(unit(embeddings.to(wide)), unit(self.weight.to(wide)))
 
     def forward(self, embeddings:Tensor, # (n, in_features)
                 targets:Tensor|None=None # (n,) class ids, or None for plain cosine logits

@@ -137,7 +137,7 @@ def _execute(stage, run, given, timeout):
     os.environ['PYTHONPATH'] = os.pathsep.join(dict.fromkeys([home, *filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep))]))
     papermill.execute_notebook(str(stage_notebook(stage)), str(run.path(f'{stage}.ipynb')), parameters=given, kernel_name='python3',
                                progress_bar=False, log_output=False, execution_timeout=timeout or None, cwd=os.getcwd(),
-                               extra_arguments=['--log-level=ERROR']) # silences the note that a local kernel talks over local TCP
+                               extra_arguments=['--log-level=CRITICAL']) # what goes wrong is said once, by us
 
 def run_stage(stage:str,       # stage name
               given:dict,      # parameters, as text or typed
@@ -163,6 +163,7 @@ def run_stage(stage:str,       # stage name
     except (Exception, KeyboardInterrupt) as e:
         code, what = _blame(e)
         run = Run(run.folder)
+        if code in ('interrupted', 'kernel_died', 'timeout'): what = f'stopped at {_quiet(run.path("progress.json")).get("text") or "its start"}'
         run.fail(code=code, what=what)
         what = what.removesuffix(f': {FAILURES[code].mend}')
         raise FerError(code, f'{stage} ({run.folder}) {what}') from e
