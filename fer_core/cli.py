@@ -118,7 +118,7 @@ def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as
     page, verdicts = publish(runs['thesis'], reports), [v for r in runs.values() if r.manifest.stage != 'thesis' for v in r.manifest.gates]
     print('\nGates: ' + ', '.join(f'{g["gate"]} {"passed" if g["passed"] else "failed"}' for g in overall(verdicts)))
     print(f'Report: {page}   ({time.time() - began:.0f} s)')
-    print(f'Live:   fer demo --source 0 --model {runs["compress"].folder/"release"}')
+    print(f'Live:   fer demo --source 0 --model {runs["compress"].folder}')
 
 # %% ../nbs/cli.ipynb #c011
 @app.command()
