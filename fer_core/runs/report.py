@@ -61,7 +61,7 @@ def closing(handle, run:Run, status:str='accepted'): # the handle of `opening`, 
     from IPython.display import Markdown
     run.finish(status)
     handle.update(Markdown(summary(run)))
-    files = sorted(p.name for p in run.folder.iterdir() if not p.name.startswith('.'))
+    files = sorted(p.name for p in run.folder.iterdir() if not p.name.startswith('.') and p.name not in ('run.lock', 'progress.json'))
     return Markdown(f'Artifacts in `{run.folder}`: ' + ', '.join(f'`{f}`' for f in files))
 
 def stamped(fig, run:Run, # figure, run whose figures it shows
