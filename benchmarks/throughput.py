@@ -6,7 +6,7 @@ Variants take turns, and each figure is the median over the turns, so that a bus
 """
 import argparse, statistics, tempfile, time
 from pathlib import Path
-import numpy as np, torch
+import torch
 from fer_core.data.curate import curate
 from fer_core.data.loader import Augment, Feeder, open_pack
 from fer_core.data.preprocess import Preprocess, standardise

@@ -9,7 +9,7 @@ from fer_core.artifacts import FerError, read_json, verify_hashes
 from fer_core.data.curate import curate, cut, official_wins, reduce_copies, subsample
 from fer_core.data.fingerprint import components, fingerprints, hamming_pairs, near_pairs, phash, pixel_sha256
 from fer_core.data.manifest import content_hash, read_manifest, write_manifest
-from fer_core.data.sources import COLUMNS, detect_source, iter_images, pixel_csv, read, read_image
+from fer_core.data.sources import COLUMNS, detect_source, iter_images, read, read_image
 from fer_core.data.validate import validate
 from fer_core.labels import CLASSES
 

@@ -1,7 +1,7 @@
 "Stages as a user runs them: the `fer` command, papermill, interruptions, bad input. Tiny models, real runs."
 import json, os, random, signal, subprocess, sys, time
 from pathlib import Path
-import numpy as np, pytest
+import pytest
 from fer_core.artifacts import FAILURES
 
 FER = str(Path(sys.executable).parent/'fer')

@@ -16,7 +16,7 @@ from ..labels import CLASSES, CLASS_ID
 __all__ = ['AUS', 'AU_NAMES', 'PRIOR', 'NEAR', 'TRAITS', 'Identity', 'VERSION', 'MARKER', 'SPLITS', 'Expression',
            'draw_expression', 'draw_identity', 'Pose', 'Frame', 'draw_pose', 'outline', 'brow', 'eye', 'Mouth', 'mouth',
            'Light', 'paint_head', 'Scene', 'draw_scene', 'background', 'render', 'make_face', 'quotas', 'group_of',
-           'write_dataset', 'Actor', 'face_box', 'frames', 'write_video']
+           'write_dataset', 'Actor', 'face_box', 'frames', 'write_video', 'write_discs']
 
 # %% ../../nbs/data/synthetic.ipynb #c004
 AUS = {
@@ -663,3 +663,22 @@ def write_video(path,            # .mp4 file to write
     with atomic_path(truth) as tmp, open(tmp, 'w', newline='') as f:
         csv.writer(f).writerows([('frame', 'face', 'label', 'x', 'y', 'w', 'h', 'intensity'), *table])
     return truth
+
+# %% ../../nbs/data/synthetic.ipynb #c064
+def write_discs(root,                # folder to write {train,val,test}/<class>/<i>.png into
+                train:int=16, val:int=6, test:int=6, # pictures per class
+                side:int=32,         # pixels
+                either:bool=False,   # discs bright or dark on grey, so that no linear model reads them
+                seed:int=0           # same seed, same pictures
+               )->Path:              # root
+    "Write discs whose height is the class, for lessons and tests."
+    rng, root, step = np.random.default_rng(seed), Path(root), side//8
+    low, high = (90, 160) if either else (0, 60)
+    for split, n in {'train': train, 'val': val, 'test': test}.items():
+        for c, name in enumerate(CLASSES):
+            (root/split/name).mkdir(parents=True, exist_ok=True)
+            for i in range(n):
+                image = rng.integers(low, high, (side, side), dtype=np.uint8)
+                cv2.circle(image, (int(rng.integers(side//4, 3*side//4)), step*(c + 1)), step, (int(rng.choice([0, 255])) if either else 255,), -1)
+                cv2.imwrite(str(root/split/name/f'{i}.png'), image)
+    return root

@@ -305,7 +305,7 @@ def recording(path, # file to write
 def _play(source, live, meter, log, out, window, max_frames, progress):
     "The loop over frames; says why it ended."
     frames = iter(source)
-    live.recognizer.detector  # made on first use: load it before the clock runs
+    _ = live.recognizer.detector  # made on first use: load it before the clock runs
     meter.begin()
     while max_frames is None or meter.frames < max_frames:
         t0 = time.perf_counter()
