@@ -151,7 +151,7 @@ def test_kd_gives_the_teacher_no_gradient_and_widens_half_precision():
     kd_loss(s, t, 4).backward()
     assert t.grad is None and s.grad.abs().sum() > 0
     half = kd_loss(s.detach().half(), t.detach().half(), 4)
-    assert half.dtype == torch.float32 and float(half) == pytest.approx(float(kd_loss(s, t, 4)), rel=2e-3)
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(kd_loss(s, t, 4).item(), rel=2e-3)
 
 
 @given(seeds, st.floats(.5, 10))

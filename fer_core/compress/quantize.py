@@ -22,7 +22,7 @@ class Faces(CalibrationDataReader):
         self.inputs, self.batch = inputs, batch or max(1, min(32, 2**17//inputs.shape[-1]**2))
         self.set_range(0, len(self))
 
-    def __len__(self): return -(-len(self.inputs)//self.batch)
+    def __len__(self): return (len(self.inputs) + self.batch - 1)//self.batch
 
     def set_range(self, start_index:int, # first batch
                   end_index:int):        # one past the last batch
@@ -47,6 +47,19 @@ METHODS = {'minmax': CalibrationMethod.MinMax, 'percentile': CalibrationMethod.P
 def _named(proto):
     "Name the nodes that an optimiser left nameless after what they make, so that each can be excluded."
     for n in proto.graph.node: n.name = n.name or f'{n.op_type}_{n.output[0]}'
+    return proto
+
+def _float_output(proto):
+    "Take the last rounding out: seven logits cost nothing as floats, and in 256 steps they would blur the probabilities."
+    graph = proto.graph
+    last = {o: n for n in graph.node for o in n.output}
+    out, quantiser = last['logits'], last.get(last['logits'].input[0])
+    if out.op_type != 'DequantizeLinear' or quantiser is None or quantiser.op_type != 'QuantizeLinear': return proto
+    made = last[quantiser.input[0]]
+    made.output[list(made.output).index(quantiser.input[0])] = 'logits'
+    for n in (quantiser, out): graph.node.remove(n)
+    used = {i for n in graph.node for i in n.input}
+    for w in [w for w in graph.initializer if w.name not in used]: graph.initializer.remove(w)
     return proto
 
 def _kept_float(graph, exclude):
@@ -85,7 +98,7 @@ def quantize_static_int8(fp32_path,          # float ONNX file of ours
         with quiet(): quantize_static(str(ready), str(raw), faces, QuantFormat.QDQ, per_channel=True, reduce_range=reduce_range, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                                       calibrate_method=METHODS[method], nodes_to_exclude=kept, calibration_providers=['CPUExecutionProvider'],
                                       extra_options={'CalibPercentile': percentile, 'CalibStridedMinMax': 1})
-        proto = onnx.load(raw)
+        proto = _float_output(onnx.load(raw))
     told = {p.key: p.value for p in onnx.load(fp32_path).metadata_props}
     proto.ir_version = min(proto.ir_version, 10)
     return save_onnx(proto, int8_path, told | {'precision': 'int8', 'calibration_sha256': faces.sha256(), 'calibration_n': str(len(inputs)), 'calibration_method': method, 'float_nodes': ' '.join(kept)})
@@ -93,8 +106,8 @@ def quantize_static_int8(fp32_path,          # float ONNX file of ours
 # %% ../../nbs/compress/quantize.ipynb #c017
 def _activations(graph):
     "Rounded activations: {dequantised tensor: original tensor}."
-    weights, source = {w.name for w in graph.initializer}, {n.output[0]: n.input[0] for n in graph.node if n.op_type == 'QuantizeLinear'}
-    return {n.output[0]: source[n.input[0]] for n in graph.node if n.op_type == 'DequantizeLinear' and source.get(n.input[0], None) not in weights | {None}}
+    weights, source = {w.name for w in graph.initializer} | {None}, {n.output[0]: n.input[0] for n in graph.node if n.op_type == 'QuantizeLinear'}
+    return {n.output[0]: source[n.input[0]] for n in graph.node if n.op_type == 'DequantizeLinear' and source.get(n.input[0]) not in weights}
 
 def _unrounded(proto, rounded, original):
     "A copy of the graph in which one activation skips its rounding."
@@ -108,15 +121,16 @@ def sensitive_nodes(int8_path,         # quantised ONNX file of ours
                     fp32_path,         # its float model
                     inputs:np.ndarray, # (n, channels, size, size) float32; some tens will do
                     threads:int=1      # intra-op threads
-                   )->list[dict]:      # node, type, gain: share of the mean logit shift that its rounding causes; worst first
+                   )->list[dict]:      # tensor; type of its maker; nodes to exclude, its maker and readers; gain: share of the mean logit shift that its rounding causes; worst first
     "Which activations cost most by being rounded to 8 bits."
     proto, z = onnx.load(int8_path), onnx_logits(fp32_path, inputs, threads=threads)
-    maker = {o: n for n in proto.graph.node for o in n.output}
+    made = {o: n for n in proto.graph.node for o in n.output}
     with tempfile.TemporaryDirectory() as tmp:
         def shift(model):
             onnx.save(model, str(Path(tmp)/'one.onnx'))
             return float(np.abs(onnx_logits(Path(tmp)/'one.onnx', inputs, threads=threads) - z).mean())
-        base = shift(proto)
-        rows = [{'node': maker[a].name if a in maker else a, 'type': maker[a].op_type if a in maker else 'input', 'gain': 1 - shift(_unrounded(proto, b, a))/max(base, 1e-12)}
-                for b, a in _activations(proto.graph).items() if b != 'logits']
+        base, rows = max(shift(proto), 1e-12), []
+        for rounded, original in _activations(proto.graph).items():
+            makers, readers = [made[t] for t in (original,) if t in made], [n for n in proto.graph.node if rounded in n.input]
+            rows.append({'tensor': original, 'type': makers[0].op_type if makers else 'input', 'nodes': [n.name for n in makers + readers], 'gain': 1 - shift(_unrounded(proto, rounded, original))/base})
     return sorted(rows, key=lambda r: -r['gain'])

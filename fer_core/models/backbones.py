@@ -28,7 +28,8 @@ class ModelConfig:
     backbone: str = 'resnet18'   # timm name
     head: str = 'linear'         # 'linear' or 'arcface'
     channels: int = 1            # 1 grey, 3 RGB
-    output_stride: int = 32      # input side / last feature map's side; 16 keeps detail at 48-64 px
+    output_stride: int = 32      # input side / last feature map's side, before stem_stride; 16 keeps detail at 48-64 px
+    stem_stride: int = 2         # 1 looks at every pixel of a small input, at two to four times the cost
     s: float = 30.               # ArcFace scale
     m: float = 0.35              # ArcFace margin, radians
     dropout: float = 0.          # before the head
@@ -71,7 +72,9 @@ def make_backbone(config:ModelConfig, # model config
         if 'Unknown model' not in str(e): raise
         near = timm.list_models(f'*{config.backbone.split("_")[0][:8]}*')[:5]
         raise FerError('bad_parameter', f'timm knows no backbone {config.backbone!r}', f'did you mean one of {near}?') from None
-    return limit_stride(net, config.output_stride) if config.output_stride < 32 else net
+    if config.output_stride < 32: limit_stride(net, config.output_stride)
+    if config.stem_stride == 1: next(m for m in net.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)).stride = (1, 1)
+    return net
 
 # %% ../../nbs/models/backbones.ipynb #c007
 class Classifier(nn.Module):
