@@ -108,6 +108,6 @@ def train_student(run:Run,            # run folder
     weights = prior_weights(pack.priors(), p['class_power']).to(device()) if p['class_power'] else None
     history = fit(run, model, feed, _phase_objective(phase, soft, feed, weights, p), cfg, resume_from=resume_from or None)
     best, _, _ = load_model(run.folder)
-    metrics = judge_model(run, best.to(device()), feed, f'student_{phase}', precision=precision)
+    metrics = judge_model(run, best.to(device()), feed, f'student_{phase}')
     if phase != 'ce': run.record(reliability={'adoption': adoption(run, phase, metrics, before)})
     return metrics, history

@@ -92,4 +92,4 @@ def train_teacher(run:Run,             # run folder
     weights = prior_weights(pack.priors(), class_power) if class_power else None
     history = fit(run, model, feed, hard_label_objective(smoothing, weights), cfg, margin_schedule(config.m, margin_warmup, margin_ramp), resume_from or None)
     best, _, _ = load_model(run.folder)
-    return judge_model(run, best.to(device()), feed, 'teacher', flip, precision), history
+    return judge_model(run, best.to(device()), feed, 'teacher', flip), history

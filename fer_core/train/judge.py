@@ -68,7 +68,7 @@ def write_verdict(run:Run, # run folder
     run.record(metrics=small, calibration=calibration)
     return metrics
 
-def judge_model(run:Run, model, feed:Feeder, name:str='model', flip:bool=False, precision:str='32-true')->dict: # metrics by set
-    "Logits of val and test by a model, then the verdict."
-    logits = {s: predict_logits(model, feed, feed.pack.rows(s), flip=flip, precision=precision) for s in ('val', 'test')}
+def judge_model(run:Run, model, feed:Feeder, name:str='model', flip:bool=False)->dict: # metrics by set
+    "Logits of val and test by a model in float32, as it will be exported, then the verdict."
+    logits = {s: predict_logits(model, feed, feed.pack.rows(s), flip=flip) for s in ('val', 'test')}
     return write_verdict(run, feed.pack, logits, name)
