@@ -6,13 +6,14 @@
 __all__ = ['mend_torchvision']
 
 # %% ../nbs/compat.ipynb #c002
-import importlib.util
+import importlib.util, warnings
 from pathlib import Path
 
 # %% ../nbs/compat.ipynb #c003
 def mend_torchvision()->str: # 'native' if torchvision's own operators are there, 'schemas' if only their signatures
     "Make `import torchvision` succeed beside a CPU build of torch; changes nothing on a matching build."
     import torch
+    warnings.filterwarnings('ignore', message='IProgress not found') # timm's tqdm asks for widgets that nothing here shows
     if hasattr(torch.ops.torchvision, 'nms'): return 'native'
     spec = importlib.util.find_spec('torchvision')
     for lib in sorted(Path(spec.origin).parent.glob('_C*.so')) if spec else []:

@@ -4,7 +4,6 @@
 
 # %% ../../nbs/distill/student.ipynb #c002
 from __future__ import annotations
-from dataclasses import replace
 from pathlib import Path
 from ..artifacts import FerError, Run, parent, read_json
 from ..data.loader import Augment, Feeder
@@ -14,7 +13,7 @@ from .kd import kd_loss
 from ..evaluate.gates import phase_adopted, rarest
 from ..models.backbones import ModelConfig, load_model, model_size
 from ..teach.softlabels import SoftLabels, read_softlabels
-from ..teach.teacher import device, hard_label_objective, open_data, start_model
+from ..teach.teacher import device, hard_label_objective, match_data, open_data, start_model
 from ..train.judge import judge_model
 from ..train.loop import TrainConfig, choose_precision, fit
 from ..train.losses import ce_loss, prior_weights
@@ -96,7 +95,7 @@ def train_student(run:Run,            # run folder
     pack = open_data(run, data, spec)
     soft = _soft_labels(softlabels, pack) if phase != 'ce' else None
     feed = Feeder(pack, device(), cfg.seed, augment) if phase == 'ce' else Feeder(pack, device(), soft.seed, soft.augment, len(soft.views))
-    if phase == 'ce': model, report = start_model(replace(config, channels=spec.channels, mean=spec.mean, std=spec.std) if pretrained != 'none' else replace(config, channels=spec.channels, mean=spec.mean, std=spec.std, weights_mean=spec.mean, weights_std=spec.std), feed, pretrained, cfg.seed)
+    if phase == 'ce': model, report = start_model(match_data(config, spec, pretrained), feed, pretrained, cfg.seed)
     else:
         stands = adopted_run(before)
         model, its_spec, _ = load_model(stands)

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/stage.ipynb #c002
 from __future__ import annotations
-import ast, difflib, json, os, threading, warnings
+import ast, difflib, json, os, threading
 from pathlib import Path
 from ..artifacts import FAILURES, FerError, Run, failure_code, new_run_folder, read_json, sha256_bytes, sha256_file, utc_now, write_hashes
 
@@ -98,7 +98,6 @@ def begin(stage:str,     # stage name
           namespace:dict # the notebook's globals()
          )->Run:         # the run, locked for this process
     "Open the run of a stage notebook."
-    warnings.filterwarnings('ignore', message='IProgress not found') # tqdm asks for widgets that no report needs
     given = resolve(stage, {n: namespace[n] for n in parameters(stage)})
     if given['run_dir']: run = Run(given['run_dir'])
     else: run = Run.create(new_run_folder(runs_root(), stage), stage, given, fingerprint=fingerprint(stage, given), notebook_sha256=sha256_file(stage_notebook(stage)))
@@ -130,7 +129,7 @@ def _execute(stage, run, given, timeout):
     "Run the stage's notebook with papermill."
     import papermill
     from nbformat.warnings import MissingIDFieldWarning
-    import logging
+    import logging, warnings
     warnings.simplefilter('ignore', MissingIDFieldWarning)
     logging.getLogger('papermill').setLevel(logging.ERROR)
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # two kernels beside each other do not spin each other away

@@ -18,7 +18,7 @@ from ..train.loop import TrainConfig, choose_precision, fit
 from ..train.losses import ce_loss, prior_weights
 
 # %% auto #0
-__all__ = ['open_data', 'device', 'start_model', 'hard_label_objective', 'margin_schedule', 'train_teacher']
+__all__ = ['open_data', 'device', 'match_data', 'start_model', 'hard_label_objective', 'margin_schedule', 'train_teacher']
 
 # %% ../../nbs/teach/teacher.ipynb #c004
 def open_data(run:Run,         # run that reads the data
@@ -37,6 +37,14 @@ def device()->str: # 'cuda' where there is one, else 'cpu'
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 # %% ../../nbs/teach/teacher.ipynb #c006
+def match_data(config:ModelConfig, # as asked for
+               spec:Preprocess,    # the data's preprocessing
+               pretrained:str='none' # without pretrained weights there is no other scaling to match
+              )->ModelConfig:      # channels and scaling filled in
+    "A model config that fits its data."
+    config = replace(config, channels=spec.channels, mean=spec.mean, std=spec.std)
+    return config if pretrained != 'none' else replace(config, weights_mean=spec.mean, weights_std=spec.std)
+
 def start_model(config:ModelConfig, # model
                 feed:Feeder,        # data, for refitting batch norm
                 pretrained:str='none', # 'none', 'hub' or a weights file
@@ -86,7 +94,7 @@ def train_teacher(run:Run,             # run folder
     "Train a teacher and judge it."
     pack = open_data(run, data, spec)
     feed = Feeder(pack, device(), cfg.seed, augment)
-    model, report = start_model(replace(config, channels=spec.channels, mean=spec.mean, std=spec.std) if pretrained != 'none' else replace(config, channels=spec.channels, mean=spec.mean, std=spec.std, weights_mean=spec.mean, weights_std=spec.std), feed, pretrained, cfg.seed)
+    model, report = start_model(match_data(config, spec, pretrained), feed, pretrained, cfg.seed)
     precision = choose_precision(cfg.precision, config.backbone, device())
     run.record(seeds={'train': cfg.seed}, reliability={'start': report, 'precision': precision, 'flip_averaged': flip}, compression=model_size(model, spec))
     weights = prior_weights(pack.priors(), class_power) if class_power else None
