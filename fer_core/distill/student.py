@@ -101,6 +101,7 @@ def train_student(run:Run,            # run folder
         model, its_spec, _ = load_model(stands)
         if its_spec != spec: raise FerError('bad_parameter', f'{stands.name} was trained with another preprocessing than this phase', f'pass the same size and CLAHE: {its_spec}')
         report = {'pretrained': str(stands)}
+        run.record(parameters={k: getattr(model.config, k) for k in ('backbone', 'head', 'output_stride')}) # its own, not the stage's defaults
         run.record(parents={'before': parent(stands, 'best.safetensors'), 'softlabels': parent(softlabels, 'softlabels.npz')})
     precision = choose_precision(cfg.precision, model.config.backbone, device())
     run.record(seeds={'train': cfg.seed}, compression=model_size(model, spec), reliability={'start': report, 'precision': precision})

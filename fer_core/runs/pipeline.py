@@ -106,7 +106,8 @@ def drops(self)->pd.DataFrame:
 @patch_to(Pipeline)
 def settings(self)->pd.DataFrame:
     "Hyper-parameters of every training run, one column a run."
-    table = pd.DataFrame({f'{_name(f)} ({f.name[-6:]})': Run(f).manifest.parameters for f in (*self.teachers, *self.students)})
+    def resolved(f): return Run(f).manifest.parameters | {k: v for k, v in read_json(f/'config.json')['model'].items() if k in ('backbone', 'head', 'output_stride')}
+    table = pd.DataFrame({f'{_name(f)} ({f.name[-6:]})': resolved(f) for f in (*self.teachers, *self.students)})
     return table.drop(index=['data', 'run_dir', 'teachers', 'before', 'softlabels', 'resume_from'], errors='ignore').astype(object).where(lambda t: t.notna(), '')
 
 @patch_to(Pipeline)
