@@ -4,10 +4,9 @@
 
 # %% ../../nbs/runs/report.ipynb #c002
 from __future__ import annotations
-import shutil
 from pathlib import Path
 import pandas as pd
-from ..artifacts import FerError, Run, atomic_path, sha256_file, verify_hashes, write_text
+from ..artifacts import FerError, Run, sha256_file, verify_hashes, write_text
 from ..evaluate.figures import stamp
 
 # %% auto #0
@@ -134,6 +133,8 @@ def publish(run:Run,  # finished run
     "Copy a run's executed notebook and its HTML page into `reports/<run id>/`."
     source = run.path(f'{run.manifest.stage}.ipynb')
     if not source.is_file(): raise FerError('missing_file', f'{source} is not there', 'execute the stage with `fer run`')
-    home = Path(reports)/run.folder.name
-    with atomic_path(home/source.name) as tmp: shutil.copyfile(source, tmp)
+    import nbformat
+    home, nb = Path(reports)/run.folder.name, nbformat.read(source, as_version=4)
+    if 'papermill' in nb.metadata: nb.metadata.papermill.update(input_path=f'nbs/stages/{source.name}', output_path=source.name) # not where this machine keeps them
+    write_text(home/source.name, nbformat.writes(nb) + '\n')
     return to_html(home/source.name, home/f'{run.manifest.stage}.html')
