@@ -132,6 +132,7 @@ def _execute(stage, run, given, timeout):
     import logging, warnings
     warnings.simplefilter('ignore', MissingIDFieldWarning)
     logging.getLogger('papermill').setLevel(logging.ERROR)
+    os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline' # figures belong into the notebook, whatever the caller's shell prefers
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # two kernels beside each other do not spin each other away
     home = str(Path(__file__).parents[2])
     os.environ['PYTHONPATH'] = os.pathsep.join(dict.fromkeys([home, *filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep))]))
