@@ -16,7 +16,7 @@ from ..distill.student import adopted_run
 from ..evaluate.gates import evaluate_gates, gates_passed, int8_evidence, parity_evidence
 from ..evaluate.metrics import evaluate
 from ..labels import CLASSES
-from ..models.backbones import load_model, model_size
+from ..models.backbones import load_model, model_size, save_model, with_projector
 from ..teach.teacher import open_data
 from ..train.judge import judge_logits, save_logits
 from ..train.loop import predict_logits
@@ -84,13 +84,13 @@ def compress_student(run:Run,         # run folder
     "Export, quantise, judge and release the student that stands."
     stands = adopted_run(student)
     model, spec, config = load_model(stands)
+    model = with_projector(model, 0) # distillation's projector stays behind
     pack = open_data(run, data, spec)
     run.record(parents={'student': parent(stands, config['weights']), 'calibration': parent(calibration, 'calibration.json')}, seeds={**Run(stands).manifest.seeds, 'calibration': seed})
     files = {'fp32': run.path('student.onnx'), 'int8': run.path('student_int8.onnx')}
-    shutil.copyfile(stands/config['weights'], run.path('student.safetensors'))
-    write_json(run.path('config.json'), config | {'weights': 'student.safetensors'})
+    weights = save_model(run.folder, model, spec, 'student', epoch=config.get('epoch'))
     run.progress(1, 5, 'exporting')
-    export_onnx(model, files['fp32'], spec, temperature=read_json(Path(calibration)/'calibration.json')['temperature'], licence=LICENCE, run_id=run.folder.name, weights_sha256=config['weights_sha256'])
+    export_onnx(model, files['fp32'], spec, temperature=read_json(Path(calibration)/'calibration.json')['temperature'], licence=LICENCE, run_id=run.folder.name, weights_sha256=sha256_file(weights))
     run.progress(2, 5, 'quantising')
     quantize_static_int8(files['fp32'], files['int8'], inputs(pack, stratified(pack, faces, seed)), method=method, exclude=tuple(exclude))
     run.progress(3, 5, 'judging')

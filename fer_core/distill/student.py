@@ -5,13 +5,14 @@
 # %% ../../nbs/distill/student.ipynb #c002
 from __future__ import annotations
 from pathlib import Path
+import torch
 from ..artifacts import FerError, Run, parent, read_json
 from ..data.loader import Augment, Feeder
 from ..data.preprocess import Preprocess
 from .dkd import dkd_loss, dkd_warmup
 from .kd import kd_loss
 from ..evaluate.gates import phase_adopted, rarest
-from ..models.backbones import ModelConfig, load_model, model_size
+from ..models.backbones import ModelConfig, load_model, model_size, with_projector
 from ..teach.softlabels import SoftLabels, read_softlabels
 from ..teach.teacher import device, hard_label_objective, match_data, open_data, start_model
 from ..train.judge import judge_model
@@ -19,28 +20,41 @@ from ..train.loop import TrainConfig, choose_precision, fit
 from ..train.losses import ce_loss, prior_weights
 
 # %% auto #0
-__all__ = ['PHASES', 'kd_objective', 'dkd_objective', 'adopted_run', 'adoption', 'train_student']
+__all__ = ['PHASES', 'hint_loss', 'kd_objective', 'dkd_objective', 'adopted_run', 'adoption', 'train_student']
 
 # %% ../../nbs/distill/student.ipynb #c004
+def hint_loss(h:torch.Tensor, # (n, width) the projector's guess
+              t:torch.Tensor  # (n, width) the teacher's embedding in the exported basis
+             )->torch.Tensor: # scalar
+    "Mean squared distance; 1 is what guessing the mean costs."
+    return (h - t).square().sum(1).mean()
+
+def _said(net, x, soft, view, rows, hint):
+    "The student's logits, and the hint loss times its weight."
+    if not hint: return net(x).float(), 0.
+    z, h = net.regress(x)
+    return z.float(), hint*hint_loss(h.float(), soft.hints[view, rows].to(h.device).float())
+
 def kd_objective(soft:SoftLabels, # teacher logits by view and row
                  view_of,         # f(epoch) -> view
                  T:float,         # temperature
                  alpha:float,     # weight of the soft part, 0..1
-                 smoothing:float=0., weights=None): # of the hard part
-    "(1 - alpha) CE + alpha KD."
+                 smoothing:float=0., weights=None, # of the hard part
+                 hint:float=0.):  # weight of the hint loss
+    "(1 - alpha) CE + alpha KD + hint · distance to the teacher's embedding."
     def objective(net, x, y, rows, epoch):
-        z = net(x).float()
-        return (1 - alpha)*ce_loss(z, y, smoothing, weights) + alpha*kd_loss(z, soft.views[view_of(epoch), rows].to(z.device), T)
+        z, more = _said(net, x, soft, view_of(epoch), rows, hint)
+        return (1 - alpha)*ce_loss(z, y, smoothing, weights) + alpha*kd_loss(z, soft.views[view_of(epoch), rows].to(z.device), T) + more
     return objective
 
 def dkd_objective(soft:SoftLabels, view_of, # as above
                   T:float, alpha:float, beta:float, # temperature, weights of TCKD and NCKD
                   warmup:int,                       # epochs over which distillation rises
-                  smoothing:float=0., weights=None):
-    "CE + warm-up · DKD."
+                  smoothing:float=0., weights=None, hint:float=0.):
+    "CE + warm-up · DKD + hint · distance to the teacher's embedding."
     def objective(net, x, y, rows, epoch):
-        z = net(x).float()
-        return ce_loss(z, y, smoothing, weights) + dkd_warmup(epoch + 1, warmup)*dkd_loss(z, soft.views[view_of(epoch), rows].to(z.device), y, alpha, beta, T)
+        z, more = _said(net, x, soft, view_of(epoch), rows, hint)
+        return ce_loss(z, y, smoothing, weights) + dkd_warmup(epoch + 1, warmup)*dkd_loss(z, soft.views[view_of(epoch), rows].to(z.device), y, alpha, beta, T) + more
     return objective
 
 # %% ../../nbs/distill/student.ipynb #c007
@@ -65,15 +79,15 @@ def adoption(run:Run, # this phase's run
 # %% ../../nbs/distill/student.ipynb #c009
 PHASES = ('ce', 'kd', 'dkd')
 
-def _soft_labels(folder, pack):
-    soft = read_softlabels(folder, pack)
+def _soft_labels(folder, pack, hints):
+    soft = read_softlabels(folder, pack, hints)
     if not len(soft.views): raise FerError('bad_parameter', f'{folder} holds no augmented views', 'run the ensemble stage with views=8')
     return soft
 
 def _phase_objective(phase, soft, feed, weights, p):
     if phase == 'ce': return hard_label_objective(p['smoothing'], weights)
-    if phase == 'kd': return kd_objective(soft, feed.view_of, p['T'], p['alpha'], p['smoothing'], weights)
-    return dkd_objective(soft, feed.view_of, p['T'], p['dkd_alpha'], p['dkd_beta'], p['dkd_warmup'], p['smoothing'], weights)
+    if phase == 'kd': return kd_objective(soft, feed.view_of, p['T'], p['alpha'], p['smoothing'], weights, p['hint'])
+    return dkd_objective(soft, feed.view_of, p['T'], p['dkd_alpha'], p['dkd_beta'], p['dkd_warmup'], p['smoothing'], weights, p['hint'])
 
 def train_student(run:Run,            # run folder
                   data,               # curated data folder
@@ -84,22 +98,23 @@ def train_student(run:Run,            # run folder
                   before='',          # run folder of the phase before (kd, dkd)
                   softlabels='',      # ensemble run folder (kd, dkd)
                   augment:Augment=Augment(), # of the ce phase; later phases use the soft labels' own
-                  loss:dict|None=None, # smoothing, class_power, T, alpha, dkd_alpha, dkd_beta, dkd_warmup
+                  loss:dict|None=None, # smoothing, class_power, T, alpha, dkd_alpha, dkd_beta, dkd_warmup, hint
                   pretrained:str='none', # 'none', 'hub' or a weights file (ce)
                   resume_from:str=''  # last.ckpt of another run to continue
                  )->tuple[dict, list]: # metrics by set, history
     "Train one phase, judge it, decide on its adoption."
     if phase not in PHASES: raise FerError('bad_parameter', f'phase {phase!r} is none of {PHASES}')
     if phase != 'ce' and not (before and softlabels): raise FerError('bad_parameter', f'phase {phase} needs the run before it and soft labels', "pass before=RUN and softlabels=RUN")
-    p = {'smoothing': .1, 'class_power': 0., 'T': 2., 'alpha': .5, 'dkd_alpha': 1., 'dkd_beta': 4., 'dkd_warmup': 5} | (loss or {})
+    p = {'smoothing': .1, 'class_power': 0., 'T': 2., 'alpha': .5, 'dkd_alpha': 1., 'dkd_beta': 4., 'dkd_warmup': 5, 'hint': 0.} | (loss or {})
     pack = open_data(run, data, spec)
-    soft = _soft_labels(softlabels, pack) if phase != 'ce' else None
+    soft = _soft_labels(softlabels, pack, bool(p['hint'])) if phase != 'ce' else None
     feed = Feeder(pack, device(), cfg.seed, augment) if phase == 'ce' else Feeder(pack, device(), soft.seed, soft.augment, len(soft.views))
     if phase == 'ce': model, report = start_model(match_data(config, spec, pretrained), feed, pretrained, cfg.seed)
     else:
         stands = adopted_run(before)
         model, its_spec, _ = load_model(stands)
         if its_spec != spec: raise FerError('bad_parameter', f'{stands.name} was trained with another preprocessing than this phase', f'pass the same size and CLAHE: {its_spec}')
+        if p['hint'] and model.config.hint != soft.hints.shape[-1]: model = with_projector(model, soft.hints.shape[-1], cfg.seed)
         report = {'pretrained': str(stands)}
         run.record(parameters={k: getattr(model.config, k) for k in ('backbone', 'head', 'output_stride')}) # its own, not the stage's defaults
         run.record(parents={'before': parent(stands, 'best.safetensors'), 'softlabels': parent(softlabels, 'softlabels.npz')})

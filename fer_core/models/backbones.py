@@ -4,7 +4,7 @@
 
 # %% ../../nbs/models/backbones.ipynb #c002
 from __future__ import annotations
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import torch
 from torch import nn
@@ -18,8 +18,8 @@ from ..labels import CLASSES, N_CLASSES
 from .heads import make_head
 
 # %% auto #0
-__all__ = ['ModelConfig', 'limit_stride', 'make_backbone', 'Classifier', 'read_weights', 'load_pretrained', 'refit_batchnorm',
-           'save_model', 'load_model', 'model_size']
+__all__ = ['ModelConfig', 'limit_stride', 'make_backbone', 'Classifier', 'with_projector', 'read_weights', 'load_pretrained',
+           'refit_batchnorm', 'save_model', 'load_model', 'model_size']
 
 # %% ../../nbs/models/backbones.ipynb #c004
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class ModelConfig:
     std: float = 0.25
     weights_mean: float = 0.5    # what the pretrained weights expect; equal to mean/std without pretraining
     weights_std: float = 0.25
+    hint: int = 0                # width of the teacher embedding that a projector regresses in distillation; 0 = no projector
     options: tuple = ()          # further timm arguments as (name, value) pairs, e.g. (('pad_type', 'same'),)
 
     @classmethod
@@ -86,6 +87,7 @@ class Classifier(nn.Module):
         width = self.backbone.head_hidden_size if hasattr(self.backbone, 'head_hidden_size') else self.backbone.num_features
         more = {'s': config.s, 'm': config.m} if config.head == 'arcface' else {}
         self.head = make_head(config.head, width, N_CLASSES, **more)
+        if config.hint: self.projector = nn.Linear(width, config.hint)
 
     def embed(self, x:torch.Tensor # (n, channels, side, side) normalised by the data's spec
              )->torch.Tensor:      # (n, width)
@@ -95,6 +97,23 @@ class Classifier(nn.Module):
         return self.backbone(x)
 
     def forward(self, x, targets=None): return self.head(self.dropout(self.embed(x)), targets)
+
+    def regress(self, x:torch.Tensor # (n, channels, side, side)
+               )->tuple:             # (n, 7) logits, (n, hint) projected embeddings
+        "Logits and the projector's guess of the teacher's embedding."
+        e = self.embed(x)
+        return self.head(self.dropout(e)), self.projector(e)
+
+def with_projector(model:Classifier, # a classifier
+                   width:int,        # of the teacher embedding; 0 takes the projector off
+                   seed:int=0        # initialisation
+                  )->Classifier:     # a new one with the same weights
+    "Put a projector on for distillation, or take it off for release."
+    torch.manual_seed(seed)
+    new = Classifier(replace(model.config, hint=width))
+    state = {k: v for k, v in model.state_dict().items() if width or not k.startswith('projector.')}
+    new.load_state_dict(state, strict=False)
+    return new.train(model.training)
 
 # %% ../../nbs/models/backbones.ipynb #c010
 def read_weights(path # .safetensors, .pth or .pt file holding a state dict
@@ -174,7 +193,7 @@ def load_model(folder # folder with config.json and its weights
 def model_size(model:nn.Module, # model
                spec:Preprocess  # its input
               )->dict:          # params, megabytes (fp32), mmacs (convolutions and linear layers, one face)
-    "Parameters, fp32 megabytes and millions of multiply-adds."
+    "Parameters, fp32 megabytes and millions of multiply-adds; a projector is not counted."
     macs, hooks = [], []
     def count(m, _, out): macs.append(out.numel()*m.weight[0].numel() if isinstance(m, nn.Conv2d) else m.weight.numel())
     for m in model.modules():
@@ -183,5 +202,5 @@ def model_size(model:nn.Module, # model
     with torch.no_grad(): model.eval()(torch.zeros(1, spec.channels, spec.size, spec.size, device=next(model.parameters()).device))
     for h in hooks: h.remove()
     model.train(was)
-    n = sum(p.numel() for p in model.parameters())
+    n = sum(p.numel() for name, p in model.named_parameters() if not name.startswith('projector.'))
     return {'params': n, 'megabytes': round(4*n/2**20, 2), 'mmacs': round(sum(macs)/1e6, 1)}

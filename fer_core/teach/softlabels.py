@@ -8,7 +8,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np, torch
-from ..artifacts import FerError, Run, atomic_path, read_json, sha256_bytes, write_json, write_text
+import torch.nn.functional as F
+from sklearn.decomposition import PCA
+from torch import nn
+from ..artifacts import FerError, Run, atomic_path, read_json, sha256_bytes, sha256_file, write_json, write_text
 from ..data.loader import Augment, Feeder, Pack, open_pack
 from ..data.preprocess import Preprocess
 from ..labels import CLASSES
@@ -16,20 +19,58 @@ from ..models.backbones import load_model
 from ..train.loop import choose_precision, predict_logits
 
 # %% auto #0
-__all__ = ['export_softlabels', 'SoftLabels', 'read_softlabels']
+__all__ = ['hint_basis', 'export_softlabels', 'SoftLabels', 'read_softlabels']
 
 # %% ../../nbs/teach/softlabels.ipynb #c004
-def _view_logits(run, teachers, fusion, feeds, rows, view, tell):
-    "Fused logits of one view; cached in the run folder."
-    cache = run.path(f'.view-{"plain" if view is None else view}.npy')
-    if cache.is_file(): return np.load(cache)
-    z = 0
-    for k, (folder, feed) in enumerate(zip(teachers, feeds)):
+class _Hinting(nn.Module):
+    "A teacher that says its logits and, after them, its embedding in the basis."
+    def __init__(self, model, basis):
+        super().__init__()
+        self.model = model
+        self.register_buffer('mean', torch.from_numpy(basis['mean'])); self.register_buffer('axes', torch.from_numpy(basis['axes']))
+
+    def forward(self, x):
+        e = self.model.embed(x).float()
+        return torch.cat([self.model.head(e).float(), (F.normalize(e) - self.mean) @ self.axes], 1)
+
+class _Embedding(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, x): return F.normalize(self.model.embed(x).float())
+
+def hint_basis(embeddings:np.ndarray, # (n, d) unit embeddings of the training rows
+               width:int              # principal components kept
+              )->dict:                # mean (d,), axes (d, width) scaled to unit mean square length, kept share of variance
+    "The principal components of a teacher's embeddings."
+    pca = PCA(min(width, *embeddings.shape), svd_solver='covariance_eigh').fit(embeddings)
+    axes = pca.components_.T/np.sqrt(pca.explained_variance_.sum())
+    return {'mean': pca.mean_.astype(np.float32), 'axes': axes.astype(np.float32), 'kept': np.float32(pca.explained_variance_ratio_.sum())}
+
+def _basis(run, folder, feed, rows, width, tell):
+    "The basis of one teacher; cached in the run folder."
+    cache = run.path('.basis.npz')
+    if not cache.is_file():
         model, _, config = load_model(folder)
         precision = choose_precision('auto', config['model']['backbone'], feed.device.type)
+        e = predict_logits(_Embedding(model).to(feed.device), feed, rows, precision=precision, progress=tell)
+        with atomic_path(cache) as tmp: np.savez(tmp, **hint_basis(e, width))
+    return dict(np.load(cache))
+
+def _view_logits(run, teachers, fusion, feeds, rows, view, tell, strongest=None, basis=None):
+    "Fused logits of one view and, with a basis, the strongest teacher's hints after them; cached in the run folder."
+    cache = run.path(f'.view-{"plain" if view is None else view}.npy')
+    if cache.is_file(): return np.load(cache)
+    z, hints = 0, []
+    for k, (folder, feed) in enumerate(zip(teachers, feeds)):
+        if not fusion['weights'][k]: continue # it has no say
+        model, _, config = load_model(folder)
+        if basis is not None and k == strongest: model = _Hinting(model, basis)
+        precision = choose_precision('auto', config['model']['backbone'], feed.device.type)
         part = predict_logits(model.to(feed.device), feed, rows, view=view, flip=view is None, precision=precision, progress=lambda i, n: tell(k + i/n))
-        z = z + fusion['weights'][k]*part/fusion['temperatures'][k]
-    z = (z/fusion['temperature']).astype(np.float16)
+        z = z + fusion['weights'][k]*part[:, :7]/fusion['temperatures'][k]
+        if part.shape[1] > 7: hints = [part[:, 7:]]
+    z = np.concatenate([z/fusion['temperature'], *hints], 1).astype(np.float16)
     with atomic_path(cache) as tmp: np.save(tmp, z)
     return z
 
@@ -40,21 +81,27 @@ def export_softlabels(run:Run,        # ensemble run folder
                       views:int=8,    # augmented views of the training rows
                       seed:int=0,     # decides the views
                       augment:Augment=Augment(), # what a view is
-                      device:str='cpu'
+                      device:str='cpu',
+                      hints:int=0     # principal components of the strongest teacher's embedding to store with each view
                      )->dict:         # alignment report
     "Write softlabels.npz, softlabels_index.jsonl, classorder.json and alignmentreport.json."
     specs = [Preprocess.from_dict(read_json(Path(t)/'config.json')['preprocess']) for t in teachers]
     packs = {s: open_pack(data, s) for s in dict.fromkeys(specs)}
     feeds = [Feeder(packs[s], device, seed, augment) for s in specs]
-    pack = packs[specs[0]]
-    total, train, stack = (views + 1)*len(teachers), pack.rows('train'), []
+    pack, strongest = packs[specs[0]], int(np.argmax(fusion['weights']))
+    total, train, stack, more = (views + 1)*len(teachers), pack.rows('train'), [], {}
+    basis = _basis(run, teachers[strongest], feeds[strongest], train, hints, lambda i, n: run.progress(i, n, 'soft labels: basis of the hints')) if hints and views else None
     for v in (None, *range(views)):
         done = (0 if v is None else v + 1)*len(teachers)
         tell = lambda i: run.progress(done + i, total, f'soft labels: view {done//len(teachers) + 1}/{views + 1}')
-        stack.append(_view_logits(run, teachers, fusion, feeds, np.arange(len(pack)) if v is None else train, v, tell))
-    with atomic_path(run.path('softlabels.npz')) as tmp: np.savez_compressed(tmp, logits=stack[0], views=np.stack(stack[1:]) if views else np.zeros((0, len(train), 7), np.float16), train_rows=train)
-    report = _write_index(run, pack, {'views': views, 'seed': seed, 'augment': asdict(augment), 'teachers': [Path(t).name for t in teachers], 'temperature': fusion['temperature']})
-    for p in run.folder.glob('.view-*.npy'): p.unlink()
+        stack.append(_view_logits(run, teachers, fusion, feeds, np.arange(len(pack)) if v is None else train, v, tell, strongest, None if v is None else basis))
+    seen = np.stack(stack[1:]) if views else np.zeros((0, len(train), 7), np.float16)
+    with atomic_path(run.path('softlabels.npz')) as tmp: np.savez_compressed(tmp, logits=stack[0], views=seen[..., :7], train_rows=train)
+    if basis is not None:
+        with atomic_path(run.path('hints.npz')) as tmp: np.savez(tmp, views=seen[..., 7:], train_rows=train)
+        more = {'hints': {'teacher': Path(teachers[strongest]).name, 'width': int(seen.shape[-1] - 7), 'kept_variance': round(float(basis['kept']), 4), 'sha256': sha256_file(run.path('hints.npz'))}}
+    report = _write_index(run, pack, {'views': views, 'seed': seed, 'augment': asdict(augment), 'teachers': [Path(t).name for t in teachers], 'temperature': fusion['temperature'], **more})
+    for p in (*run.folder.glob('.view-*.npy'), run.path('.basis.npz')): p.unlink(missing_ok=True)
     return report
 
 # %% ../../nbs/teach/softlabels.ipynb #c006
@@ -77,9 +124,11 @@ class SoftLabels:
     seed: int            # seed of the views
     augment: Augment     # their augmentation
     report: dict         # alignment report
+    hints: torch.Tensor|None = None # (views, n, width) float16 teacher embeddings, if asked for
 
 def read_softlabels(folder,   # ensemble run folder
-                    pack:Pack # the student's data
+                    pack:Pack, # the student's data
+                    hints:bool=False # with the teacher's embeddings
                    )->SoftLabels:
     "Read soft labels, refusing those of other data."
     folder = Path(folder)
@@ -88,8 +137,23 @@ def read_softlabels(folder,   # ensemble run folder
     if report.get('dataset_sha256') != pack.dataset_sha256 or report.get('rows_sha256') != _row_hash(pack.table):
         raise FerError('softlabel_misaligned', f'{folder} holds soft labels of dataset {str(report.get("dataset_sha256"))[:12]}, the student trains on {pack.dataset_sha256[:12]}')
     if not (folder/'softlabels.npz').is_file(): raise FerError('missing_checkpoint', f'{folder}/softlabels.npz is not there', 'run the ensemble stage')
-    try: z = dict(np.load(folder/'softlabels.npz', allow_pickle=False))
-    except Exception as e: raise FerError('corrupt_artifact', f'{folder}/softlabels.npz is unreadable ({type(e).__name__})') from None
-    views = torch.full((len(z['views']), len(pack), 7), float('nan'))
-    views[:, torch.from_numpy(z['train_rows'])] = torch.from_numpy(z['views'].astype(np.float32))
-    return SoftLabels(views, torch.from_numpy(z['logits'].astype(np.float32)), report['seed'], Augment(**report['augment']), report)
+    z = _read_npz(folder/'softlabels.npz')
+    views = _by_row(z, len(pack), torch.float32)
+    return SoftLabels(views, torch.from_numpy(z['logits'].astype(np.float32)), report['seed'], Augment(**report['augment']), report, _read_hints(folder, report, len(pack)) if hints else None)
+
+def _read_npz(path):
+    try: return dict(np.load(path, allow_pickle=False))
+    except Exception as e: raise FerError('corrupt_artifact', f'{path} is unreadable ({type(e).__name__})') from None
+
+def _by_row(z, n, dtype):
+    "Views of the training rows, at the rows of the whole pack."
+    views = torch.full((len(z['views']), n, z['views'].shape[-1]), float('nan'), dtype=dtype)
+    views[:, torch.from_numpy(z['train_rows'])] = torch.from_numpy(z['views']).to(dtype)
+    return views
+
+def _read_hints(folder, report, n):
+    path = folder/'hints.npz'
+    if 'hints' not in report: raise FerError('bad_parameter', f'{folder} holds no hints', 'run the ensemble stage with hints=128, or the student with hint=0')
+    if not path.is_file(): raise FerError('missing_checkpoint', f'{path} is not there', 'run the ensemble stage')
+    if sha256_file(path) != report['hints']['sha256']: raise FerError('hash_mismatch', f'{path} differs from the sha256 in alignmentreport.json')
+    return _by_row(_read_npz(path), n, torch.float16)

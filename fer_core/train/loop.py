@@ -172,7 +172,7 @@ def fit(run:Run,           # run folder that receives best.safetensors, config.j
     rows, val, precision = feed.pack.rows('train'), feed.pack.rows('val'), fabric._precision.precision
     if len(history) >= cfg.epochs and resume_from and not own.is_file(): raise FerError('no_op_resume', f'{resume_from} has {len(history)} epochs and {cfg.epochs} are asked for: nothing to train', f'ask for more than {len(history)} epochs')
     net, opt = fabric.setup(model, opt, move_to_device=False)
-    net.mark_forward_method('embed')
+    for name in ('embed', 'regress'): net.mark_forward_method(name)
     for epoch in range(len(history), cfg.epochs):
         if _stop_early(history, cfg): break
         if on_epoch: on_epoch(model, epoch)
