@@ -60,7 +60,7 @@ def _pairs(given:list[str])->dict: # ['a=1'] -> {'a': '1'}
     return pairs
 
 @app.command(context_settings={'help_option_names': ['-h', '--help']})
-def run(stage:Annotated[str, typer.Argument(help='curate, teacher, ensemble, student, calibrate, compress, benchmark or thesis')],
+def run(stage:Annotated[str, typer.Argument(help='curate, teacher, ensemble, student, calibrate, compress, benchmark or thesis')] = '',
         p:Annotated[Optional[list[str]], typer.Option('-p', help='a parameter, name=value; repeatable')] = None,
         params:Annotated[bool, typer.Option('--params', help="list the stage's parameters and stop")] = False,
         out:Out = None,
@@ -71,6 +71,7 @@ def run(stage:Annotated[str, typer.Argument(help='curate, teacher, ensemble, stu
     "Execute one stage notebook into a run folder; an interrupted run with the same parameters is continued."
     from fer_core.runs.plan import Step
     from fer_core.runs.stage import parameters, run_stage
+    if not stage: raise FerError('bad_parameter', 'no stage is named', 'stages: curate, teacher, ensemble, student, calibrate, compress, benchmark, thesis; e.g. fer run teacher --params')
     if params: return _print([{'parameter': n, **k, 'default': repr(k['default'])} for n, k in parameters(stage).items()], as_json)
     bar = Progress()
     try: done = run_stage(stage, _pairs(p or ()), out, reuse, fresh, lambda d, t, text: bar.show(1, 1, Step(stage, stage, {}), d, t, text), timeout)
@@ -146,7 +147,12 @@ app.add_typer(report, name='report')
 def gates(folders:Annotated[list[Path], typer.Argument(help='run folders')], as_json:Json = False):
     "The gates' verdicts of runs, with their evidence."
     from fer_core.artifacts import Run
-    _print([{'run': f.name, **v} for f in folders for v in Run(f).manifest.gates], as_json)
+    from fer_core.evaluate.gates import gate_table
+    if as_json: return _print([{'run': f.name, **v} for f in folders for v in Run(f).manifest.gates], True)
+    for f in folders:
+        verdicts = Run(f).manifest.gates
+        print(f'{f.name}: ' + ('this run judged no gates' if not verdicts else f'{sum(v["passed"] for v in verdicts)} of {len(verdicts)} rules passed'))
+        if verdicts: print(gate_table(verdicts).to_string(index=False))
 
 @report.command()
 def page(folder:Annotated[Path, typer.Argument(help='run folder')], reports:Annotated[Path, typer.Option(help='reports folder')] = Path('reports')):

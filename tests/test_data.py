@@ -59,11 +59,14 @@ def test_fer2013_csv_both_layouts(tmp_path):
     rows = [(3, face(), 'Training'), (0, face(), 'PublicTest'), (6, face(), 'PrivateTest')]
     ours, kaggle = fer_csv(tmp_path/'a', rows), fer_csv(tmp_path/'b', rows, 'emotion, Usage, pixels', 'icml_face_data.csv')
     for root, name in ((ours, 'fer2013.csv'), (kaggle, 'icml_face_data.csv')):
-        df = read('auto', root)
-        assert df[['id', 'path', 'label', 'split', 'usage']].values.tolist() == [
-            ['fer2013/000000', f'{name}#0', 'happy', 'train', 'Training'], ['fer2013/000001', f'{name}#1', 'angry', 'test', 'PublicTest'],
-            ['fer2013/000002', f'{name}#2', 'neutral', 'test', 'PrivateTest']]
-        for (_, image), (_, want, _) in zip(iter_images(root, df.iloc[::-1]), rows[::-1]): assert np.array_equal(image, want)
+        public, private = read('auto', root), read('fer2013_private', root)
+        train = ['fer2013/000000', f'{name}#0', 'happy', 'train', 'Training']
+        columns = ['id', 'path', 'label', 'split', 'usage']
+        assert public[columns].values.tolist() == [train, ['fer2013/000001', f'{name}#1', 'angry', 'test', 'PublicTest']]
+        assert private[columns].values.tolist() == [train, ['fer2013/000002', f'{name}#2', 'neutral', 'test', 'PrivateTest']]
+        assert public.attrs['dropped'] == {'PrivateTest: the other test, set aside': 1} and private.attrs['dropped'] == {'PublicTest: the other test, set aside': 1}
+        for df, wanted in ((public, rows[:2]), (private, rows[::2])):
+            for (_, image), (_, want, _) in zip(iter_images(root, df.iloc[::-1]), wanted[::-1]): assert np.array_equal(image, want)
 
 
 @pytest.mark.parametrize('end', ['\n', '\r\n', '', '\n\n\n'])
@@ -149,7 +152,9 @@ def test_folder_layouts(tmp_path):
 
 def test_fer2013_as_folders_keeps_usage(tmp_path):
     folder(tmp_path, ['train/angry/Training_1.jpg', 'test/angry/PublicTest_2.jpg', 'test/happy/PrivateTest_3.jpg'])
-    assert sorted(read('fer2013', tmp_path)['usage']) == ['PrivateTest', 'PublicTest', 'Training']
+    assert sorted(read('fer2013', tmp_path)['usage']) == ['PublicTest', 'Training'] and sorted(read('fer2013_private', tmp_path)['usage']) == ['PrivateTest', 'Training']
+    (tmp_path/'test'/'angry'/'PublicTest_2.jpg').unlink()
+    assert sorted(read('fer2013', tmp_path)['usage']) == ['PrivateTest', 'Training'] # the only test there is
 
 
 def test_synthetic_groups(tmp_path):

@@ -102,7 +102,7 @@ def compress_student(run:Run,         # run folder
     run.progress(4, 5, 'timing')
     times = compare(files, threads=threads)
     torch_logits = predict_logits(model, Feeder(pack), pack.rows('test'))
-    evidence = int8_evidence(metrics['int8/test'], metrics['fp32/test'], times['int8']['p50_ms'], times['fp32']['p50_ms']) | parity_evidence(torch_logits, judged['fp32'][0]['test'], 'student.onnx against torch, test faces')
+    evidence = int8_evidence(metrics['int8/val'], metrics['fp32/val'], times['int8']['p50_ms'], times['fp32']['p50_ms']) | parity_evidence(torch_logits, judged['fp32'][0]['test'], 'student.onnx against torch, test faces')
     return _decide(run, pack, stands, files, metrics, times, evaluate_gates(evidence, ('G-int8', 'G-parity')), model_size(model, spec))
 
 def _decide(run, pack, stands, files, metrics, times, verdicts, size):

@@ -13,7 +13,7 @@ from ..labels import CLASSES, MAPS, to_class
 
 # %% auto #0
 __all__ = ['COLUMNS', 'USAGE_SPLIT', 'ADAPTERS', 'DRAWN', 'inside', 'PixelCsv', 'pixel_csv', 'read_image', 'iter_images',
-           'read_fer2013', 'read_ferplus', 'read_folder', 'read_synthetic', 'detect_source', 'read']
+           'read_all_fer2013', 'read_fer2013', 'read_ferplus', 'read_folder', 'read_synthetic', 'detect_source', 'read']
 
 # %% ../../nbs/data/sources.ipynb #c004
 COLUMNS = ('id', 'path', 'label', 'source', 'split', 'usage', 'sha256', 'phash', 'width', 'height', 'box', 'soft_label', 'quality', 'group')
@@ -152,9 +152,9 @@ def _fer2013_row(table, i):
     if usage not in USAGE_SPLIT: raise FerError('unknown_label', f'{where}: usage {usage!r} is none of {", ".join(USAGE_SPLIT)}', _ROW_MEND)
     return label, usage
 
-def read_fer2013(root # folder with fer2013.csv, icml_face_data.csv or train/test class folders
-                )->pd.DataFrame: # rows in file order
-    "FER2013 with its own labels."
+def read_all_fer2013(root # folder with fer2013.csv, icml_face_data.csv or train/test class folders
+                    )->pd.DataFrame: # rows in file order, those of both tests
+    "Every row of FER2013 with its own label."
     if not any((Path(root)/n).is_file() for n in ('fer2013.csv', 'icml_face_data.csv')): return read_folder(root, 'fer2013')
     table, rows = _pixel_file(root), []
     for column in ('emotion', 'pixels', 'usage'):
@@ -163,6 +163,19 @@ def read_fer2013(root # folder with fer2013.csv, icml_face_data.csv or train/tes
         label, usage = _fer2013_row(table, i)
         rows.append({'id': f'fer2013/{i:06d}', 'path': f'{table.name}#{i}', 'label': label, 'source': 'fer2013', 'split': USAGE_SPLIT[usage], 'usage': usage})
     return _table(rows, {})
+
+def read_fer2013(root, # as above
+                 test:str='PublicTest' # the usage that is the test; rows of the other one are set aside
+                )->pd.DataFrame: # rows in file order
+    "FER2013 with one of its two tests."
+    df = read_all_fer2013(root)
+    present = set(df['usage'][df['split'] == 'test'])
+    other = present - {test} if test in present else set()
+    away = df['usage'].isin(other & {'PublicTest', 'PrivateTest'})
+    kept = df[~away].reset_index(drop=True)
+    kept.attrs['dropped'] = df.attrs.get('dropped', {}) | {f'{u}: the other test, set aside': int(n) for u, n in df['usage'][away].value_counts().items()}
+    return kept
+
 
 # %% ../../nbs/data/sources.ipynb #c022
 _VOTES = tuple(MAPS['ferplus'])  # vote columns in file order
@@ -201,7 +214,7 @@ def _read_votes(root, n):
 def read_ferplus(root # folder with fer2013new.csv beside fer2013.csv
                 )->pd.DataFrame: # the rows with a majority among the seven classes
     "FER2013's pictures with FERPlus labels and votes."
-    base, dropped, rows = read_fer2013(root), Counter(), []
+    base, dropped, rows = read_all_fer2013(root), Counter(), []
     usage, names, votes = _read_votes(root, len(base))
     off = np.flatnonzero(usage.to_numpy() != base['usage'].to_numpy())
     if len(off): raise FerError('softlabel_misaligned', f'fer2013new.csv row {off[0] + 2} is {usage[off[0]]!r}, its picture {base["usage"][off[0]]!r}', 'take both files from the same release')
@@ -269,9 +282,10 @@ def read_synthetic(root # folder with synthetic.json
 _FER = 'Goodfellow et al. (2013), Challenges in Representation Learning: A report on three machine learning contests, ICONIP'
 ADAPTERS = {
     'fer2013': {'read': read_fer2013, 'licence': 'no licence granted: pictures from a web search, research use only', 'citation': _FER,
-                'layout': 'fer2013.csv (emotion, pixels, Usage), icml_face_data.csv, or train/test class folders', 'label_note': 'ids 0-6 are the canonical order; labels are noisy, see FERPlus'},
+                'layout': 'fer2013.csv (emotion, pixels, Usage), icml_face_data.csv, or train/test class folders; PublicTest is the test, PrivateTest set aside', 'label_note': 'ids 0-6 are the canonical order; labels are noisy, see FERPlus'},
+    'fer2013_private': {'read': lambda root: read_fer2013(root, 'PrivateTest'), 'licence': 'as fer2013', 'citation': _FER, 'layout': 'as fer2013; PrivateTest is the test, PublicTest set aside', 'label_note': 'as fer2013'},
     'ferplus': {'read': read_ferplus, 'licence': 'votes MIT (Microsoft); pictures as FER2013', 'citation': 'Barsoum et al. (2016), Training Deep Networks for Facial Expression Recognition with Crowd-Sourced Label Distribution, ICMI; ' + _FER,
-                'layout': 'fer2013new.csv beside fer2013.csv, row-aligned', 'label_note': 'majority of ten votes; contempt, unknown, NF and ties dropped; votes over 7 classes as soft label'},
+                'layout': 'fer2013new.csv beside fer2013.csv, row-aligned; both of its tests are the test', 'label_note': 'majority of ten votes; contempt, unknown, NF and ties dropped; votes over 7 classes as soft label'},
     'folder': {'read': read_folder, 'licence': 'stated by whoever made the folder', 'citation': '', 'layout': '<class>/... or train|val|test/<class>/...', 'label_note': 'by folder name; usual synonyms accepted, contempt dropped'},
     'synthetic': {'read': read_synthetic, 'licence': 'Apache-2.0, generated by fer_core', 'citation': '', 'layout': 'class folders and synthetic.json', 'label_note': 'by construction; the person is the group'},
 }  # source -> how to read it, licence, citation, layout, note on labels

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/evaluate/figures.ipynb #c002
 from __future__ import annotations
+import textwrap
 import matplotlib.pyplot as plt, numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -41,12 +42,13 @@ def stamp(fig:Figure,         # figure
           seed=None,          # training seed(s)
           run_id:str='',      # experiment id
           dataset_sha256:str='', # hash of the manifest
-          in_sample:bool=False   # whether anything was fitted or chosen on these rows
+          in_sample:bool|None=False # whether anything was fitted or chosen on these rows; None = it is about no rows
          )->Figure:           # the same figure
     "Write under a figure what it was measured on."
-    parts = [f'{split}' + (f', n = {n:,}' if n is not None else ''), 'IN-SAMPLE' if in_sample else 'held-out', f'seed {seed}' if seed is not None else '',
+    parts = [f'{split}' + (f', n = {n:,}' if n is not None else ''), '' if in_sample is None else 'IN-SAMPLE' if in_sample else 'held-out', f'seed {seed}' if seed is not None else '',
              f'run {run_id}' if run_id else '', f'data {dataset_sha256[:12]}' if dataset_sha256 else '']
-    fig.supxlabel(' · '.join(p for p in parts if p), x=.01, ha='left', fontsize=6.5, color='.45')
+    text = textwrap.fill(' · '.join(p for p in parts if p), int(19*fig.get_figwidth()), break_long_words=False, break_on_hyphens=False)
+    fig.supxlabel(text, x=.01, ha='left', fontsize=6.5, color='.45')
     return fig
 
 # %% ../../nbs/evaluate/figures.ipynb #c008
@@ -255,7 +257,9 @@ def size_vs_f1(rows:list[dict], # name, params, macro_f1; optional ci [low, high
         x, y = (np.array([r[k] for r in of], float) for k in ('params', 'macro_f1'))
         ends = np.array([r.get('ci') or (r['macro_f1'], r['macro_f1']) for r in of], float)
         ax.errorbar(x, y, [y - ends[:, 0], ends[:, 1] - y], fmt='osD^v'[i % 5], color=PALETTE[i % len(PALETTE)], capsize=3, linewidth=1, markersize=6, label=group)
-        for r in of: ax.annotate(r['name'], (r['params'], r['macro_f1']), xytext=(6, 4), textcoords='offset points', fontsize=7.5)
+        for r in of:
+            above = sum(o['params'] == r['params'] and o['macro_f1'] > r['macro_f1'] for o in rows) # names of one size step down from the best
+            ax.annotate(r['name'], (r['params'], r['macro_f1']), xytext=(6, 4 - 9*above), textcoords='offset points', fontsize=7.5)
     ax.set_xscale('log'); ax.margins(x=.18, y=.15)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_major_formatter(EngFormatter(sep='\u2009')); ax.xaxis.set_minor_formatter(NullFormatter())
     _tidy(ax, 'parameters, log scale', 'macro-F1')

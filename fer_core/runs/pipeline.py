@@ -13,7 +13,7 @@ from ..evaluate import gates as rules, metrics as scores, statistics
 from ..train.judge import read_logits
 
 # %% auto #0
-__all__ = ['Pipeline']
+__all__ = ['UNUSED', 'Pipeline']
 
 # %% ../../nbs/runs/pipeline.ipynb #c004
 class Pipeline:
@@ -44,9 +44,20 @@ def _name(folder):
     return p.get('backbone', '') if Run(folder).manifest.stage == 'teacher' else f'student {p["phase"].upper()}'
 
 # %% ../../nbs/runs/pipeline.ipynb #c006
-def _row(name, m, run_id, params, size, seed, raw=None, bootseed=0):
+def _start(folder):
+    "What a run's weights started from."
+    m = Run(folder).manifest
+    if 'before' in m.parents: return _name(Path(folder).parent/_parent(m, 'before'))
+    given = m.reliability.get('start', {}).get('pretrained', 'none')
+    return 'random weights' if given == 'none' else 'hub weights' if given == 'hub' else Path(given).name
+
+def _parent(m, key):
+    p = m.parents[key]
+    return p['id'] if isinstance(p, dict) else p.id
+
+def _row(name, m, run_id, params, size, seed, raw=None, bootseed=0, start='', mirrored=False):
     ci = statistics.with_intervals(m, seed=bootseed)['ci']
-    return {'model': name, 'params': params, 'input': size, 'accuracy': m['accuracy'], 'macro_f1': m['macro_f1'], 'macro_f1_low': ci['macro_f1'][0], 'macro_f1_high': ci['macro_f1'][1],
+    return {'model': name, 'starts from': start, 'params': params, 'input': size, 'mirror averaged': mirrored, 'accuracy': m['accuracy'], 'macro_f1': m['macro_f1'], 'macro_f1_low': ci['macro_f1'][0], 'macro_f1_high': ci['macro_f1'][1],
             'uar': m['uar'], 'nll': m['nll'], 'ece_raw': None if raw is None else raw['ece_width'], 'ece': m['ece_width'], 'temperature': m['temperature'],
             'n': m['n'], 'split': m['split'], 'sample': 'in-sample' if m['in_sample'] else 'held-out', 'seed': seed, 'run': run_id, 'dataset': m['dataset'][:12]}
 
@@ -56,11 +67,11 @@ def rows(self)->list[dict]: # a row a model
     out = [_row('linear on pixels', _test(self.benchmark), self.benchmark.name, None, None, None, _test(self.benchmark, 'test_raw'), self.seed)]
     for folder in (*self.teachers, *self.students):
         m = Run(folder).manifest
-        out.append(_row(_name(folder), _test(folder), folder.name, m.compression['params'], m.parameters['size'], m.seeds['train'], _test(folder, 'test_raw'), self.seed))
+        out.append(_row(_name(folder), _test(folder), folder.name, m.compression['params'], m.parameters['size'], m.seeds['train'], _test(folder, 'test_raw'), self.seed, _start(folder), bool(m.reliability.get('flip_averaged'))))
     params = sum(Run(t).manifest.compression['params'] for t in self.teachers)
-    out.insert(1 + len(self.teachers), _row('ensemble', self.metrics['ensemble'], self.ensemble.name, params, None, None, _test(self.ensemble, 'test_raw'), self.seed))
+    out.insert(1 + len(self.teachers), _row('ensemble', self.metrics['ensemble'], self.ensemble.name, params, None, None, _test(self.ensemble, 'test_raw'), self.seed, 'its teachers', any(Run(t).manifest.reliability.get('flip_averaged') for t in self.teachers)))
     small, size = Run(self.student).manifest, Run(self.student).manifest.parameters['size']
-    for v in ('fp32', 'int8'): out.append(_row(f'student {v.upper()}, ONNX', _test(self.compressed, f'{v}/test'), self.compressed.name, small.compression['params'], size, small.seeds['train'], _test(self.compressed, f'{v}/test_raw'), self.seed))
+    for v in ('fp32', 'int8'): out.append(_row(f'student {v.upper()}, ONNX', _test(self.compressed, f'{v}/test'), self.compressed.name, small.compression['params'], size, small.seeds['train'], _test(self.compressed, f'{v}/test_raw'), self.seed, _name(self.student)))
     return out
 
 @patch_to(Pipeline)
@@ -77,11 +88,14 @@ def _public(self, row):
     "A row of `results.json`."
     table = read_manifest(self.data/'classification_manifest.csv')
     usage = '+'.join(sorted(set(table['usage'][table['split'] == 'test'].dropna().astype(str)) - {''})) or 'test'
-    keep = {k: row[k] for k in ('model', 'params', 'input', 'n', 'seed', 'accuracy', 'macro_f1', 'run')}
+    keep = {k: row[k] for k in ('model', 'starts from', 'mirror averaged', 'params', 'input', 'n', 'seed', 'accuracy', 'macro_f1', 'run')}
     return keep | {'dataset': '+'.join(self.dataset['sources']), 'split': usage, 'dataset_sha256': self.dataset['sha256'], 'macro_f1_ci': [row['macro_f1_low'], row['macro_f1_high']],
                    'ece_before': row['ece_raw'], 'ece_after': row['ece']}
 
 # %% ../../nbs/runs/pipeline.ipynb #c010
+_KD, _DKD = ('T', 'alpha', 'hint'), ('dkd_alpha', 'dkd_beta', 'dkd_warmup')
+UNUSED = {'ce': (*_KD, *_DKD), 'kd': (*_DKD, 'erase', 'head'), 'dkd': ('alpha', 'erase', 'head')} # phase -> parameters that it does not read
+
 @patch_to(Pipeline)
 def gates(self)->pd.DataFrame:
     "All verdicts of the path; a gate nobody judged fails as missing."
@@ -106,9 +120,12 @@ def drops(self)->pd.DataFrame:
 @patch_to(Pipeline)
 def settings(self)->pd.DataFrame:
     "Hyper-parameters of every training run, one column a run."
-    def resolved(f): return Run(f).manifest.parameters | {k: v for k, v in read_json(f/'config.json')['model'].items() if k in ('backbone', 'head', 'output_stride')}
+    def resolved(f):
+        given = Run(f).manifest.parameters
+        used = {k: v for k, v in given.items() if k not in UNUSED.get(given.get('phase'), ())}
+        return {'starts from': _start(f)} | used | {k: v for k, v in read_json(f/'config.json')['model'].items() if k in ('backbone', 'head', 'output_stride')}
     table = pd.DataFrame({f'{_name(f)} ({f.name[-6:]})': resolved(f) for f in (*self.teachers, *self.students)})
-    return table.drop(index=['data', 'run_dir', 'teachers', 'before', 'softlabels', 'resume_from'], errors='ignore').astype(object).where(lambda t: t.notna(), '')
+    return table.drop(index=['data', 'run_dir', 'pretrained', 'teachers', 'before', 'softlabels', 'resume_from'], errors='ignore').astype(object).where(lambda t: t.notna(), '')
 
 @patch_to(Pipeline)
 def histories(self, folders)->dict: # run folders; name -> history
@@ -152,11 +169,18 @@ def risk_coverage(self)->dict: # name -> curve
     return {name: scores.risk_coverage(*self._probs(f)) for name, f in (('ensemble', self.ensemble), (_name(self.student), self.student))}
 
 @patch_to(Pipeline)
+def fusion(self)->pd.DataFrame:
+    "Members of the ensemble, their weights and temperatures, and how the weights were found."
+    f = read_json(self.ensemble/'ensemble_metrics.json')['fusion']
+    table = pd.DataFrame({'weight': f['weights'], 'temperature': f['temperatures'], 'run': f['teachers']}, index=[_name(t) for t in self.teachers])
+    return table.assign(found=f'{f["method"]}: {f["reason"]}')
+
+@patch_to(Pipeline)
 def mcnemar(self)->pd.DataFrame:
     "McNemar's test of the student that stands against the ensemble and against the CE student."
     a, y = self._probs(self.student)
     others = {'ensemble': self.ensemble} | ({'student CE': self.students[0]} if self.students[0] != self.student else {})
-    return pd.DataFrame({f'{_name(self.student)} (A) against {n} (B)': statistics.mcnemar(a.argmax(1) == y, self._probs(f)[0].argmax(1) == y) for n, f in others.items()}).T
+    return pd.DataFrame({f'{_name(self.student)} (A) against {n} (B)': statistics.mcnemar(a.argmax(1) == y, self._probs(f)[0].argmax(1) == y) for n, f in others.items()}).T.assign(p=lambda t: t['p'].map('{:.2g}'.format))
 
 # %% ../../nbs/runs/pipeline.ipynb #c014
 @patch_to(Pipeline)
@@ -179,7 +203,10 @@ def size_vs_f1(self)->list[dict]:
 def live(self)->pd.DataFrame:
     "Summary of the live pipeline."
     live = read_json(self.benchmark/'latency.json')['live']
-    return pd.Series({f'{k} {a}' if a else k: v for k, x in live.items() for a, v in (x.items() if isinstance(x, dict) else [('', x)])}, name='live').to_frame()
+    def flat(x, name=''):
+        if not isinstance(x, dict): return [(name, f'{x:.2f}' if isinstance(x, float) else x)]
+        return [pair for k, v in x.items() for pair in flat(v, f'{name} {k}'.strip())]
+    return pd.Series(dict(flat(live)), name='live').to_frame()
 
 @patch_to(Pipeline)
 def lineage(self)->pd.DataFrame:

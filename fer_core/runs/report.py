@@ -30,8 +30,8 @@ def summary(run:Run # run
            )->str:  # markdown
     "What ran, on what, and the verdict."
     m = run.manifest
-    took = '' if m.seconds is None else f', {m.seconds/60:.1f} min'
-    lines = [f'**{m.stage}** run `{m.experiment_id}`: **{m.status}**{took}.']
+    took = '' if m.seconds is None else f', {m.seconds/60:.1f} min' + (' from first start to end, an interruption included' if any('resumed after' in n for n in m.notes) else '')
+    lines = [f'**{m.stage}** run `{m.experiment_id}`: **{m.status}**{took}.' + (' (Accepted: it ran to its end and may be used; what its gates say stands below.)' if m.status == 'accepted' and m.gates and not all(g['passed'] for g in m.gates) else '')]
     if m.failure: lines.append(f'Failed: {m.failure["code"]}: {m.failure["what"]}.')
     if m.dataset: lines.append(f'Data: {", ".join(m.dataset.get("sources", []))} (' + ', '.join(f'{s} {n:,}' for s, n in m.dataset.get('splits', {}).items()) + f'), dataset sha256 `{m.dataset.get("sha256", "")[:12]}`, seed {m.seeds.get("train", m.parameters.get("seed", 0))}.')
     held = {k: v for k, v in m.metrics.items() if not (v if isinstance(v, dict) else v.model_dump())['in_sample'] and not k.endswith('_raw')}
@@ -41,6 +41,7 @@ def summary(run:Run # run
     if m.reliability.get('adoption'): lines.append(f'Phase {"adopted" if m.reliability["adoption"]["adopted"] else "not adopted"}: {m.reliability["adoption"]["reason"]}.')
     if m.gates: lines.append('Gates: ' + ', '.join(f'{g["gate"]} {"passed" if g["passed"] else "failed"}' for g in overall(m.gates)) + '.')
     lines.append(f'Commit `{(m.git.get("commit") or "none")[:10]}`{" with uncommitted changes" if m.git.get("dirty") else ""}; {m.environment.get("cpu", "")}, {m.environment.get("cores")} cores{", " + m.environment["gpu"] if m.environment.get("gpu") else ""}.')
+    lines.append('Versions: ' + ', '.join(f'{k} {v}' for k, v in sorted(m.environment.get('packages', {}).items())) + '.')
     return '\n\n'.join(lines)
 
 def overall(verdicts:list[dict] # verdicts of rules
@@ -51,7 +52,8 @@ def overall(verdicts:list[dict] # verdicts of rules
 
 # %% ../../nbs/runs/report.ipynb #c005
 def opening(run:Run): # the run of this notebook; returns a handle for `closing`
-    "Display the placeholder of the summary."
+    "Display the placeholder of the summary; tables of this notebook are shown whole."
+    pd.set_option('display.max_colwidth', None, 'display.max_columns', None, 'display.max_rows', 200)
     from IPython.display import Markdown, display
     return display(Markdown(f'*{run.manifest.stage} run `{run.manifest.experiment_id}` is under way.*'), display_id=True)
 
@@ -65,11 +67,16 @@ def closing(handle, run:Run, status:str='accepted'): # the handle of `opening`, 
 
 def stamped(fig, run:Run, # figure, run whose figures it shows
             split:str='test', # evaluation set
-            in_sample:bool|None=None): # None = by the split: test is held out
+            in_sample:bool|None=None, # None = by the split: test is held out
+            about:str='',  # in place of split and n, where a figure is of no evaluation set
+            of=()):        # run folders whose figures these are, if not the run's own
     "Write n, split, seed, run and dataset under a figure."
     m = run.manifest
-    return stamp(fig, n=m.dataset.get('splits', {}).get(split), split=split, seed=m.seeds.get('train', m.parameters.get('seed')), run_id=m.experiment_id,
-                 dataset_sha256=m.dataset.get('sha256', ''), in_sample=split != 'test' if in_sample is None else in_sample)
+    seen = [Run(f).manifest for f in of] or [m]
+    seeds = sorted({s for r in seen if (s := r.seeds.get('train', r.parameters.get('seed'))) is not None})
+    return stamp(fig, n=None if about else m.dataset.get('splits', {}).get(split), split=about or split, seed=', '.join(map(str, seeds)) or None,
+                 run_id=', '.join([seen[0].experiment_id, *(r.experiment_id.split('-', 3)[-1] for r in seen[1:])]), dataset_sha256=m.dataset.get('sha256', ''),
+                 in_sample=None if about else split != 'test' if in_sample is None else in_sample)
 
 # %% ../../nbs/runs/report.ipynb #c009
 def _alive(folder):
