@@ -11,7 +11,7 @@ from ..evaluate.figures import stamp
 
 # %% auto #0
 __all__ = ['metrics_table', 'summary', 'overall', 'opening', 'closing', 'stamped', 'runs_table', 'verify_run', 'to_html',
-           'publish']
+           'ancestors', 'publish']
 
 # %% ../../nbs/runs/report.ipynb #c004
 def _cell(v): return f'{v:.4f}' if isinstance(v, float) else str(v)
@@ -134,14 +134,27 @@ def to_html(notebook, # executed notebook
     write_text(page, f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>{_STYLE}</head><body>{body}</body></html>\n')
     return Path(page)
 
+def ancestors(run:Run # run
+             )->list[Run]: # the run and every run it stands on that is still there, each once
+    "A run with its parents, their parents, and so on."
+    found, todo = {}, [run]
+    while todo:
+        r = todo.pop()
+        if r.folder.name in found or not r.path('run.json').is_file(): continue
+        found[r.folder.name] = r
+        ids = [p['id'] if isinstance(p, dict) else p.id for p in r.manifest.parents.values()]
+        todo += [Run(run.folder.parent/i) for i in ids if (run.folder.parent/i/'run.json').is_file()]
+    return list(found.values())
+
 def publish(run:Run,  # finished run
             reports   # reports folder
            )->Path:   # the HTML page
-    "Copy a run's executed notebook and its HTML page into `reports/<run id>/`."
+    "Copy a run's executed notebook, its HTML page and the run.json of every run behind it into `reports/<run id>/`."
     source = run.path(f'{run.manifest.stage}.ipynb')
     if not source.is_file(): raise FerError('missing_file', f'{source} is not there', 'execute the stage with `fer run`')
     import nbformat
     home, nb = Path(reports)/run.folder.name, nbformat.read(source, as_version=4)
     if 'papermill' in nb.metadata: nb.metadata.papermill.update(input_path=f'nbs/stages/{source.name}', output_path=source.name) # not where this machine keeps them
     write_text(home/source.name, nbformat.writes(nb) + '\n')
+    for r in ancestors(run): write_text(home/'runs'/f'{r.folder.name}.json', r.path('run.json').read_text())
     return to_html(home/source.name, home/f'{run.manifest.stage}.html')
