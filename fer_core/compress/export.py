@@ -13,14 +13,14 @@ from ..data.preprocess import Preprocess
 from ..labels import CLASSES, N_CLASSES
 
 # %% auto #0
-__all__ = ['FORMAT', 'METADATA', 'make_metadata', 'strip_notes', 'pool_globally', 'save_onnx', 'evaluating', 'quiet',
+__all__ = ['FORMAT', 'METADATA', 'make_metadata', 'strip_notes', 'pool_globally', 'save_onnx', 'evaluating', 'quiet', 'Mirrored',
            'export_onnx', 'read_metadata', 'write_metadata', 'cores', 'open_onnx', 'onnx_logits', 'torch_logits',
            'parity']
 
 # %% ../../nbs/compress/export.ipynb #c004
 FORMAT = 'fer_core/1'
 METADATA = ('format', 'class_order', 'preprocess', 'input_size', 'colour_order', 'mean', 'std', 'clahe', 'temperature', 'abstention_threshold', 'licence', 'run_id',
-            'weights_sha256', 'precision', 'calibration_sha256', 'calibration_n', 'calibration_method', 'float_nodes')  # every key a file of ours may carry
+            'weights_sha256', 'precision', 'looks', 'calibration_sha256', 'calibration_n', 'calibration_method', 'float_nodes')  # every key a file of ours may carry
 _OF_THE_GRAPH = ('format', 'class_order', 'preprocess', 'input_size', 'colour_order', 'mean', 'std', 'clahe')  # fixed by the weights: never rewritten
 
 def _checked(temperature, threshold):
@@ -32,7 +32,7 @@ def _checked(temperature, threshold):
 def make_metadata(spec:Preprocess,       # preprocessing the weights were trained with
                   temperature:float=1.,  # divides logits before the softmax, > 0
                   threshold:float=.35,   # abstain below this confidence, 0..1
-                  **more                 # licence, run_id, weights_sha256, precision
+                  **more                 # licence, run_id, weights_sha256, precision, looks
                  )->dict[str, str]:      # the file's metadata
     "Everything an ONNX file of ours says about itself."
     T, threshold = _checked(temperature, threshold)
@@ -110,6 +110,14 @@ def _example(model, spec):
 # %% ../../nbs/compress/export.ipynb #c010
 _FOLD = 2**24  # bytes: constants up to this size are computed at export; torch's own limit leaves the cosine head's normalised weights to run time, out of reach of quantisation
 
+class Mirrored(nn.Module):
+    "Two looks at every face: the mean of its logits and its mirror image's."
+    def __init__(self, model:nn.Module): # (n, channels, h, w) -> (n, classes)
+        super().__init__()
+        self.model = model
+
+    def forward(self, x): return self.model(torch.cat([x, x.flip(-1)])).unflatten(0, (2, -1)).mean(0)
+
 def export_onnx(model:nn.Module,      # (n, channels, size, size) float32 -> (n, 7) logits
                 path,                 # ONNX file to write
                 spec:Preprocess,      # preprocessing it was trained with
@@ -119,10 +127,12 @@ def export_onnx(model:nn.Module,      # (n, channels, size, size) float32 -> (n,
                 run_id:str='',        # run that trained it
                 weights_sha256:str='', # of the weights file it was loaded from
                 precision:str='fp32', # what the file holds
-                opset:int=20          # ONNX operator set
+                opset:int=20,         # ONNX operator set
+               mirror:bool=False     # average a face with its mirror image inside the file: steadier, at about twice the work
                )->Path:               # the file
     "Write a model as one self-describing ONNX file with a dynamic batch."
-    metadata = make_metadata(spec, temperature, threshold, licence=licence, run_id=run_id, weights_sha256=weights_sha256, precision=precision)
+    metadata = make_metadata(spec, temperature, threshold, licence=licence, run_id=run_id, weights_sha256=weights_sha256, precision=precision, looks=2 if mirror else 1)
+    if mirror: model = Mirrored(model)
     with evaluating(model):
         x = _example(model, spec)
         with quiet():

@@ -57,7 +57,7 @@ def _card(run, stands, variants, released, reason, pack):
     m = Run(stands).manifest
     return f'''# Student of run {run.folder.name}
 
-Seven expressions, in this order: {", ".join(CLASSES)}. Input: one face crop, {pack.spec.size}×{pack.spec.size} {pack.spec.colour}; the preprocessing is stored in the ONNX metadata and applied by `fer_core.Recognizer`.
+Seven expressions, in this order: {", ".join(CLASSES)}. Input: one face crop, {pack.spec.size}×{pack.spec.size} {pack.spec.colour}; the preprocessing is stored in the ONNX metadata and applied by `fer_core.Recognizer`.{" The file looks at each face twice and averages the logits of the face and its mirror image." if run.manifest.reliability.get("flip_averaged") else ""}
 
 | variant | MB | accuracy | macro-F1 | ECE | T | p50 ms | p95 ms |
 |---|---|---|---|---|---|---|---|
@@ -79,7 +79,8 @@ def compress_student(run:Run,         # run folder
                      method:str='minmax', # activation ranges
                      exclude=(),      # node names or types that stay float
                      threads:int=2,   # of the latency comparison
-                     seed:int=0       # of the calibration draw
+                     seed:int=0,      # of the calibration draw
+                     mirror:bool=False # average a face with its mirror image inside the file
                     )->dict:          # variants, released, reason
     "Export, quantise, judge and release the student that stands."
     stands = adopted_run(student)
@@ -89,8 +90,9 @@ def compress_student(run:Run,         # run folder
     run.record(parents={'student': parent(stands, config['weights']), 'calibration': parent(calibration, 'calibration.json')}, seeds={**Run(stands).manifest.seeds, 'calibration': seed})
     files = {'fp32': run.path('student.onnx'), 'int8': run.path('student_int8.onnx')}
     weights = save_model(run.folder, model, spec, 'student', epoch=config.get('epoch'))
+    run.record(reliability={'flip_averaged': mirror})
     run.progress(1, 5, 'exporting')
-    export_onnx(model, files['fp32'], spec, temperature=read_json(Path(calibration)/'calibration.json')['temperature'], licence=LICENCE, run_id=run.folder.name, weights_sha256=sha256_file(weights))
+    export_onnx(model, files['fp32'], spec, temperature=read_json(Path(calibration)/'calibration.json')['temperature'], licence=LICENCE, run_id=run.folder.name, weights_sha256=sha256_file(weights), mirror=mirror)
     run.progress(2, 5, 'quantising')
     quantize_static_int8(files['fp32'], files['int8'], inputs(pack, stratified(pack, faces, seed)), method=method, exclude=tuple(exclude))
     run.progress(3, 5, 'judging')
@@ -101,7 +103,7 @@ def compress_student(run:Run,         # run folder
     write_json(run.path('calibration.json'), {v: c for v, (_, _, c) in judged.items()})
     run.progress(4, 5, 'timing')
     times = compare(files, threads=threads)
-    torch_logits = predict_logits(model, Feeder(pack), pack.rows('test'))
+    torch_logits = predict_logits(model, Feeder(pack), pack.rows('test'), flip=mirror)
     evidence = int8_evidence(metrics['int8/val'], metrics['fp32/val'], times['int8']['p50_ms'], times['fp32']['p50_ms']) | parity_evidence(torch_logits, judged['fp32'][0]['test'], 'student.onnx against torch, test faces')
     return _decide(run, pack, stands, files, metrics, times, evaluate_gates(evidence, ('G-int8', 'G-parity')), model_size(model, spec))
 

@@ -71,7 +71,7 @@ def rows(self)->list[dict]: # a row a model
     params = sum(Run(t).manifest.compression['params'] for t in self.teachers)
     out.insert(1 + len(self.teachers), _row('ensemble', self.metrics['ensemble'], self.ensemble.name, params, None, None, _test(self.ensemble, 'test_raw'), self.seed, 'its teachers', any(Run(t).manifest.reliability.get('flip_averaged') for t in self.teachers)))
     small, size = Run(self.student).manifest, Run(self.student).manifest.parameters['size']
-    for v in ('fp32', 'int8'): out.append(_row(f'student {v.upper()}, ONNX', _test(self.compressed, f'{v}/test'), self.compressed.name, small.compression['params'], size, small.seeds['train'], _test(self.compressed, f'{v}/test_raw'), self.seed, _name(self.student)))
+    for v in ('fp32', 'int8'): out.append(_row(f'student {v.upper()}, ONNX', _test(self.compressed, f'{v}/test'), self.compressed.name, small.compression['params'], size, small.seeds['train'], _test(self.compressed, f'{v}/test_raw'), self.seed, _name(self.student), bool(Run(self.compressed).manifest.reliability.get('flip_averaged'))))
     return out
 
 @patch_to(Pipeline)
