@@ -19,7 +19,7 @@ from .heads import make_head
 
 # %% auto #0
 __all__ = ['ModelConfig', 'limit_stride', 'make_backbone', 'Classifier', 'with_projector', 'read_weights', 'load_pretrained',
-           'refit_batchnorm', 'save_model', 'load_model', 'model_size']
+           'refit_batchnorm', 'calm_residuals', 'save_model', 'load_model', 'model_size']
 
 # %% ../../nbs/models/backbones.ipynb #c004
 @dataclass(frozen=True)
@@ -159,6 +159,14 @@ def refit_batchnorm(net:nn.Module,  # network whose BN layers hold unit statisti
     for h in hooks: h.remove()
     net.train(training)
     return len(layers)
+
+# %% ../../nbs/models/backbones.ipynb #c012c
+def calm_residuals(net:nn.Module # network with timm's inverted residuals
+                  )->int:        # blocks that now start at the identity
+    "Let every inverted residual with a shortcut begin as the identity."
+    last = [getattr(m, 'bn3', getattr(m, 'bn2', None)) for m in net.modules() if getattr(m, 'has_skip', False)]
+    for bn in last: nn.init.zeros_(bn.weight)
+    return len(last)
 
 # %% ../../nbs/models/backbones.ipynb #c015
 def save_model(folder,           # run or release folder

@@ -11,7 +11,7 @@ from ..artifacts import Run, parent, sha256_file
 from ..data.loader import Augment, Feeder, Pack, open_pack
 from ..data.preprocess import Preprocess
 from ..labels import CLASSES
-from ..models.backbones import Classifier, ModelConfig, load_model, load_pretrained, model_size, refit_batchnorm
+from ..models.backbones import Classifier, ModelConfig, calm_residuals, load_model, load_pretrained, model_size, refit_batchnorm
 from ..models.heads import margin_at
 from ..train.judge import judge_model
 from ..train.loop import TrainConfig, choose_precision, fit
@@ -53,6 +53,7 @@ def start_model(config:ModelConfig, # model
     "A classifier with its starting weights, and a report of what fitted."
     torch.manual_seed(seed)
     model, report = Classifier(config, hub=pretrained == 'hub'), {'pretrained': pretrained}
+    if pretrained == 'none': report['calmed'] = calm_residuals(model.backbone)
     if pretrained in ('none', 'hub'): return model, report
     report |= {'sha256': sha256_file(pretrained) if Path(pretrained).is_file() else None, **load_pretrained(model.backbone, pretrained)}
     bns = [m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
