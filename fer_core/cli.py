@@ -162,12 +162,14 @@ def page(folder:Annotated[Path, typer.Argument(help='run folder')], reports:Anno
     print(publish(Run(folder), reports))
 
 @report.command()
-def results(folder:Annotated[Path, typer.Argument(help='thesis run folder')], reports:Annotated[Path, typer.Option(help='reports folder')] = Path('reports')):
-    "Make a thesis run's results the README's table (then: make readme)."
+def results(folders:Annotated[list[Path], typer.Argument(help='thesis run folders; the first one\'s rows come first')], reports:Annotated[Path, typer.Option(help='reports folder')] = Path('reports')):
+    "Make thesis runs' results the README's table (then: make readme); a model that several share is listed once."
     from fer_core.artifacts import read_json, write_json
-    rows = read_json(folder/'results.json')
-    page = reports/folder.name/'thesis.html'
-    write_json(reports/'results.json', [r | ({'report': str(page)} if page.is_file() else {}) for r in rows])
+    rows = {}
+    for folder in folders:
+        page = reports/folder.name/'thesis.html'
+        for r in read_json(folder/'results.json'): rows.setdefault((r['model'], r['run'] if r['backbone'] else ''), r | ({'report': str(page)} if page.is_file() else {}))
+    write_json(reports/'results.json', list(rows.values()))
     print(f'{len(rows)} rows in {reports/"results.json"}')
 
 # %% ../nbs/cli.ipynb #c013

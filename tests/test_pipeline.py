@@ -8,12 +8,12 @@ PLAN = '''
 data:       {stage: curate, faces: 700, face_size: 32}
 one:        {stage: teacher, data: '@data', backbone: resnet18, size: 32, epochs: 1}
 two:        {stage: teacher, data: '@data', backbone: mobilenetv3_small_050, size: 32, epochs: 1, output_stride: 16}
-ensemble:   {stage: ensemble, data: '@data', teachers: ['@one', '@two'], views: 2}
+ensemble:   {stage: ensemble, data: '@data', teachers: ['@one', '@two'], views: 2, hints: 16}
 ce:         {stage: student, data: '@data', phase: ce, backbone: mobilenetv3_small_050, size: 32, epochs: 1}
-kd:         {stage: student, data: '@data', phase: kd, before: '@ce', softlabels: '@ensemble', size: 32, epochs: 1}
-dkd:        {stage: student, data: '@data', phase: dkd, before: '@kd', softlabels: '@ensemble', size: 32, epochs: 1}
+kd:         {stage: student, data: '@data', phase: kd, before: '@ce', softlabels: '@ensemble', size: 32, epochs: 1, hint: 1.0}
+dkd:        {stage: student, data: '@data', phase: dkd, before: '@kd', softlabels: '@ensemble', size: 32, epochs: 1, hint: 1.0}
 calibrate:  {stage: calibrate, student: '@dkd', ensemble: '@ensemble', teachers: ['@one', '@two']}
-compress:   {stage: compress, data: '@data', student: '@dkd', calibration: '@calibrate', faces: 100}
+compress:   {stage: compress, data: '@data', student: '@dkd', calibration: '@calibrate', faces: 100, mirror: true}
 benchmark:  {stage: benchmark, data: '@data', compressed: '@compress', seconds: 1.0, warmup: 5, timed: 20}
 thesis:     {stage: thesis, data: '@data', teachers: ['@one', '@two'], ensemble: '@ensemble', students: ['@ce', '@kd', '@dkd'], calibration: '@calibrate', compressed: '@compress', benchmark: '@benchmark'}
 '''
@@ -81,8 +81,48 @@ def test_the_recogniser_agrees_with_the_trained_student(path):
     recogniser = Recognizer(compress/'student.onnx')
     model, spec, _ = load_model(adopted_run(Path(json.loads((compress/'run.json').read_text())['parameters']['student'])))
     x = np.stack([normalise(standardise(c, spec), spec) for c in crops])
-    with torch.no_grad(): expected = (model(torch.from_numpy(x))/recogniser.temperature).softmax(1).numpy()
+    x = torch.from_numpy(x)
+    with torch.no_grad(): expected = ((model(x) + model(x.flip(-1)))/2/recogniser.temperature).softmax(1).numpy() # the plan exports with mirror
     assert spec == recogniser.spec and np.abs(recogniser.classify(crops) - expected).max() < 1e-4
+
+
+def test_hints_are_learnt_and_left_behind(path):
+    from safetensors import safe_open
+    home, _, _ = path
+    def names(folder, file): return set(safe_open(folder/file, 'pt').keys())
+    kd = next(r for r in run_of(home, 'student') if json.loads((r/'run.json').read_text())['parameters']['phase'] == 'kd')
+    ensemble, compress = run_of(home, 'ensemble')[0], run_of(home, 'compress')[0]
+    assert json.loads((ensemble/'alignmentreport.json').read_text())['hints']['width'] == 16 and 'hints.npz' in json.loads((ensemble/'hash_manifest.json').read_text())
+    assert json.loads((kd/'config.json').read_text())['model']['hint'] == 16 and 'projector.weight' in names(kd, 'best.safetensors')
+    assert json.loads((compress/'config.json').read_text())['model']['hint'] == 0 and not any(n.startswith('projector') for n in names(compress, 'student.safetensors'))
+
+
+def test_hints_that_are_missing_or_changed_are_refused(path, tmp_path):
+    import shutil
+    from fer_core.artifacts import FerError
+    from fer_core.data.loader import open_pack
+    from fer_core.data.preprocess import Preprocess
+    from fer_core.teach.softlabels import read_softlabels
+    home, _, _ = path
+    pack, copy = open_pack(run_of(home, 'curate')[0], Preprocess(size=32)), tmp_path/'ensemble'
+    shutil.copytree(run_of(home, 'ensemble')[0], copy)
+    assert read_softlabels(copy, pack, hints=True).hints.shape == (2, len(pack), 16)
+    (copy/'hints.npz').write_bytes((copy/'hints.npz').read_bytes()[:-100])
+    with pytest.raises(FerError) as e: read_softlabels(copy, pack, hints=True)
+    assert e.value.code == 'hash_mismatch' and 'hints.npz' in str(e.value)
+    (copy/'hints.npz').unlink()
+    with pytest.raises(FerError) as e: read_softlabels(copy, pack, hints=True)
+    assert e.value.code == 'missing_checkpoint'
+    report = json.loads((copy/'alignmentreport.json').read_text())
+    del report['hints']; (copy/'alignmentreport.json').write_text(json.dumps(report))
+    with pytest.raises(FerError) as e: read_softlabels(copy, pack, hints=True)
+    assert e.value.code == 'bad_parameter' and 'hints=' in str(e.value)
+
+
+def test_a_published_report_carries_every_run_behind_it(path):
+    home, _, _ = path
+    behind = {p.stem for p in next((home/'reports').iterdir()).glob('runs/*.json')}
+    assert behind == {p.name for p in (home/'runs').iterdir()}
 
 
 def test_started_again_it_only_looks(path):

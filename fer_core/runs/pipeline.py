@@ -33,9 +33,9 @@ class Pipeline:
         self.metrics = {'ensemble': _test(self.ensemble), 'student': _test(self.student)}
         self.reliability = read_json(self.calibration/'reliabilitymetrics.json')
         self.class_counts = read_json(self.data/'clean_report.json')['after']
-        files = {'data': 'classification_manifest.csv', 'ensemble': 'logits.npz', 'student': 'best.safetensors', 'compressed': 'student.onnx', 'benchmark': 'latency.json'}
+        files = {'data': 'classification_manifest.csv', 'ensemble': 'logits.npz', 'student': 'best.safetensors', 'compressed': 'student.onnx', 'benchmark': 'latency.json', 'calibration': 'calibration.json'}
         run.record(dataset=self.dataset, class_order=list(Run(self.student).manifest.class_order), seeds=Run(self.student).manifest.seeds,
-                   parents={k: parent(getattr(self, k), f) for k, f in files.items()})
+                   parents={k: parent(getattr(self, k), f) for k, f in files.items()} | {f'phase_{i}': parent(s, 'best.safetensors') for i, s in enumerate(self.students)})
 
 def _test(folder, key='test'): return read_json(Path(folder)/'metrics.json')[key]
 
@@ -51,13 +51,15 @@ def _start(folder):
     given = m.reliability.get('start', {}).get('pretrained', 'none')
     return 'random weights' if given == 'none' else 'hub weights' if given == 'hub' else Path(given).name
 
+def _backbone(folder): return read_json(Path(folder)/'config.json')['model']['backbone']
+
 def _parent(m, key):
     p = m.parents[key]
     return p['id'] if isinstance(p, dict) else p.id
 
-def _row(name, m, run_id, params, size, seed, raw=None, bootseed=0, start='', mirrored=False):
+def _row(name, m, run_id, params, size, seed, raw=None, bootseed=0, start='', mirrored=False, backbone=''):
     ci = statistics.with_intervals(m, seed=bootseed)['ci']
-    return {'model': name, 'starts from': start, 'params': params, 'input': size, 'mirror averaged': mirrored, 'accuracy': m['accuracy'], 'macro_f1': m['macro_f1'], 'macro_f1_low': ci['macro_f1'][0], 'macro_f1_high': ci['macro_f1'][1],
+    return {'model': name, 'backbone': backbone, 'starts from': start, 'params': params, 'input': size, 'mirror averaged': mirrored, 'accuracy': m['accuracy'], 'macro_f1': m['macro_f1'], 'macro_f1_low': ci['macro_f1'][0], 'macro_f1_high': ci['macro_f1'][1],
             'uar': m['uar'], 'nll': m['nll'], 'ece_raw': None if raw is None else raw['ece_width'], 'ece': m['ece_width'], 'temperature': m['temperature'],
             'n': m['n'], 'split': m['split'], 'sample': 'in-sample' if m['in_sample'] else 'held-out', 'seed': seed, 'run': run_id, 'dataset': m['dataset'][:12]}
 
@@ -67,11 +69,11 @@ def rows(self)->list[dict]: # a row a model
     out = [_row('linear on pixels', _test(self.benchmark), self.benchmark.name, None, None, None, _test(self.benchmark, 'test_raw'), self.seed)]
     for folder in (*self.teachers, *self.students):
         m = Run(folder).manifest
-        out.append(_row(_name(folder), _test(folder), folder.name, m.compression['params'], m.parameters['size'], m.seeds['train'], _test(folder, 'test_raw'), self.seed, _start(folder), bool(m.reliability.get('flip_averaged'))))
+        out.append(_row(_name(folder), _test(folder), folder.name, m.compression['params'], m.parameters['size'], m.seeds['train'], _test(folder, 'test_raw'), self.seed, _start(folder), bool(m.reliability.get('flip_averaged')), _backbone(folder)))
     params = sum(Run(t).manifest.compression['params'] for t in self.teachers)
     out.insert(1 + len(self.teachers), _row('ensemble', self.metrics['ensemble'], self.ensemble.name, params, None, None, _test(self.ensemble, 'test_raw'), self.seed, 'its teachers', any(Run(t).manifest.reliability.get('flip_averaged') for t in self.teachers)))
     small, size = Run(self.student).manifest, Run(self.student).manifest.parameters['size']
-    for v in ('fp32', 'int8'): out.append(_row(f'student {v.upper()}, ONNX', _test(self.compressed, f'{v}/test'), self.compressed.name, small.compression['params'], size, small.seeds['train'], _test(self.compressed, f'{v}/test_raw'), self.seed, _name(self.student), bool(Run(self.compressed).manifest.reliability.get('flip_averaged'))))
+    for v in ('fp32', 'int8'): out.append(_row(f'student {v.upper()}, ONNX', _test(self.compressed, f'{v}/test'), self.compressed.name, small.compression['params'], size, small.seeds['train'], _test(self.compressed, f'{v}/test_raw'), self.seed, _name(self.student), bool(Run(self.compressed).manifest.reliability.get('flip_averaged')), _backbone(self.student)))
     return out
 
 @patch_to(Pipeline)
@@ -88,7 +90,7 @@ def _public(self, row):
     "A row of `results.json`."
     table = read_manifest(self.data/'classification_manifest.csv')
     usage = '+'.join(sorted(set(table['usage'][table['split'] == 'test'].dropna().astype(str)) - {''})) or 'test'
-    keep = {k: row[k] for k in ('model', 'starts from', 'mirror averaged', 'params', 'input', 'n', 'seed', 'accuracy', 'macro_f1', 'run')}
+    keep = {k: row[k] for k in ('model', 'backbone', 'starts from', 'mirror averaged', 'params', 'input', 'n', 'seed', 'accuracy', 'macro_f1', 'run')}
     return keep | {'dataset': '+'.join(self.dataset['sources']), 'split': usage, 'dataset_sha256': self.dataset['sha256'], 'macro_f1_ci': [row['macro_f1_low'], row['macro_f1_high']],
                    'ece_before': row['ece_raw'], 'ece_after': row['ece']}
 
