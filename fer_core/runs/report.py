@@ -121,6 +121,14 @@ _STYLE = '''<style>:root{color-scheme:light dark}body{max-width:60rem;margin:2re
 img{max-width:100%;height:auto;background:white}table{border-collapse:collapse;font-size:.85em;display:block;overflow-x:auto}td,th{padding:.25em .6em;border-bottom:1px solid #8886;text-align:right}
 pre{overflow-x:auto;font-size:.8em;background:#8881;padding:.6em}details>summary{cursor:pointer;color:#888;font-size:.8em}.jp-InputPrompt,.jp-OutputPrompt,.prompt,a.anchor-link{display:none}</style>'''
 
+def _describe(nb):
+    "Give every figure the heading it stands under as its description."
+    heading = ''
+    for c in nb.cells:
+        if c.cell_type == 'markdown': heading = next((line.lstrip('# ') for line in reversed(c.source.splitlines()) if line.startswith('#')), heading)
+        for o in c.get('outputs', ()):
+            if 'image/png' in o.get('data', {}): o.metadata['alt'] = f'Figure: {heading}'
+
 def to_html(notebook, # executed notebook
             page      # HTML file to write
            )->Path:   # the page
@@ -128,6 +136,7 @@ def to_html(notebook, # executed notebook
     import nbformat
     from nbconvert import HTMLExporter
     nb = nbformat.read(notebook, as_version=4)
+    _describe(nb)
     exporter = HTMLExporter(template_name='basic', embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_input='hide' in nb.metadata.get('fer', ''))
     body, _ = exporter.from_notebook_node(nb)
     title = next((line[2:] for c in nb.cells if c.cell_type == 'markdown' for line in c.source.splitlines() if line.startswith('# ')), Path(notebook).stem)
