@@ -1,11 +1,14 @@
 """What every test shares: quiet threads, and the real data for those that want it."""
-import os
+import os, signal
 from pathlib import Path
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before anything loads OpenMP: idle threads sleep instead of spinning
 os.environ.setdefault('MPLBACKEND', 'agg')
 
 import pytest  # noqa: E402
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C need it heard.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 
