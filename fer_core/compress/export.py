@@ -70,7 +70,8 @@ def save_onnx(proto:onnx.ModelProto,   # model; its own metadata are replaced
     "Check a model and write it with its metadata, whole or not at all."
     unknown = sorted(set(metadata) - set(METADATA))
     if unknown: raise FerError('bad_parameter', f'{Path(path).name}: unknown metadata {unknown}', f'choose from {", ".join(METADATA)}')
-    onnx.helper.set_model_props(strip_notes(proto), metadata)
+    last = {k: v for k, v in metadata.items() if k == 'format'} # protobuf reads a file cut between two fields as whole: what must be there comes last
+    onnx.helper.set_model_props(strip_notes(proto), {k: v for k, v in metadata.items() if k not in last} | last)
     onnx.checker.check_model(proto, full_check=True)
     with atomic_path(path) as tmp: onnx.save(proto, str(tmp))
     return Path(path)

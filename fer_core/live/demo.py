@@ -4,7 +4,7 @@
 
 # %% ../../nbs/live/demo.ipynb #c002
 from __future__ import annotations
-import contextlib, csv as csvlib, io, os, socket, sys, time
+import contextlib, csv as csvlib, io, os, signal, socket, sys, threading, time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,6 +302,18 @@ def recording(path, # file to write
     with atomic_path(path) as tmp, contextlib.closing(Recorder(tmp, fps)) as out: yield out
 
 # %% ../../nbs/live/demo.ipynb #c028
+@contextlib.contextmanager
+def _uninterrupted():
+    "Hold Ctrl-C back until the block is done, so that a frame is in log, video and count, or in none."
+    before, caught = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
+    if caught: before(*caught[0])
+
 def _play(source, live, meter, log, out, window, max_frames, progress):
     "The loop over frames; says why it ended."
     frames = iter(source)
@@ -319,9 +331,10 @@ def _play(source, live, meter, log, out, window, max_frames, progress):
             image = draw(frame, step.faces)
             step.ms['draw'] = (time.perf_counter() - t2)*1e3
             step.ms['total'] += step.ms['draw']
-        if log: log.write(csv_rows(meter.frames, t, step))
-        if out: out.write(image)
-        meter.add(t, step, live.tracker.ids)
+        with _uninterrupted():
+            if log: log.write(csv_rows(meter.frames, t, step))
+            if out: out.write(image)
+            meter.add(t, step, live.tracker.ids)
         if progress: progress(meter.frames, source.total if max_frames is None else min(max_frames, source.total or max_frames))
         pause = 0 if source.live else t - (time.perf_counter() - meter.began)*1000  # a file is shown at its own speed
         if window and not window.show(image, pause): return 'the window was closed'

@@ -86,8 +86,8 @@ def toy_model(path, # ONNX file to write
     graph = h.make_graph(nodes, 'toy', [h.make_tensor_value_info('input', T.FLOAT, ['batch', spec.channels, spec.size, spec.size])],
                          [h.make_tensor_value_info('logits', T.FLOAT, ['batch', N_CLASSES])], [nh.from_array(W, 'W')])
     model = h.make_model(graph, opset_imports=[h.make_opsetid('', 17)], ir_version=8)
-    meta = {'format': FORMAT, 'class_order': json.dumps(CLASSES), 'preprocess': json.dumps(spec.to_dict()), 'temperature': '1.5',
-            'abstention_threshold': '0.35', 'licence': 'none', 'run_id': 'toy', 'precision': 'fp32'} | metadata
+    meta = {'class_order': json.dumps(CLASSES), 'preprocess': json.dumps(spec.to_dict()), 'temperature': '1.5',
+            'abstention_threshold': '0.35', 'licence': 'none', 'run_id': 'toy', 'precision': 'fp32', 'format': FORMAT} | metadata # the format comes last: a file cut at its end lacks it
     h.set_model_props(model, {k: v for k, v in meta.items() if v is not None})
     onnx.save(model, str(path))
     return Path(path)
