@@ -100,7 +100,8 @@ def train_student(run:Run,            # run folder
                   augment:Augment=Augment(), # of the ce phase; later phases use the soft labels' own
                   loss:dict|None=None, # smoothing, class_power, T, alpha, dkd_alpha, dkd_beta, dkd_warmup, hint
                   pretrained:str='none', # 'none', 'hub' or a weights file (ce)
-                  resume_from:str=''  # last.ckpt of another run to continue
+                  resume_from:str='', # last.ckpt of another run to continue
+                  donor:str=''        # timm name of a larger network whose weights `pretrained` holds, to be inherited (ce)
                  )->tuple[dict, list]: # metrics by set, history
     "Train one phase, judge it, decide on its adoption."
     if phase not in PHASES: raise FerError('bad_parameter', f'phase {phase!r} is none of {PHASES}')
@@ -109,7 +110,7 @@ def train_student(run:Run,            # run folder
     pack = open_data(run, data, spec)
     soft = _soft_labels(softlabels, pack, bool(p['hint'])) if phase != 'ce' else None
     feed = Feeder(pack, device(), cfg.seed, augment) if phase == 'ce' else Feeder(pack, device(), soft.seed, soft.augment, len(soft.views))
-    if phase == 'ce': model, report = start_model(match_data(config, spec, pretrained), feed, pretrained, cfg.seed)
+    if phase == 'ce': model, report = start_model(match_data(config, spec, pretrained), feed, pretrained, cfg.seed, donor)
     else:
         stands = adopted_run(before)
         model, its_spec, _ = load_model(stands)

@@ -18,8 +18,8 @@ from ..labels import CLASSES, N_CLASSES
 from .heads import make_head
 
 # %% auto #0
-__all__ = ['ModelConfig', 'limit_stride', 'make_backbone', 'Classifier', 'with_projector', 'read_weights', 'load_pretrained',
-           'refit_batchnorm', 'calm_residuals', 'save_model', 'load_model', 'model_size']
+__all__ = ['ModelConfig', 'limit_stride', 'make_backbone', 'Classifier', 'with_projector', 'read_weights', 'match_names',
+           'load_pretrained', 'refit_batchnorm', 'calm_residuals', 'save_model', 'load_model', 'model_size']
 
 # %% ../../nbs/models/backbones.ipynb #c004
 @dataclass(frozen=True)
@@ -125,13 +125,19 @@ def read_weights(path # .safetensors, .pth or .pt file holding a state dict
     except Exception as e: raise FerError('corrupt_artifact', f'{path} is no readable state dict ({str(e).splitlines()[0][:120]})', 'download it again') from None
     return state.get('state_dict', state)
 
+def match_names(ours:dict,  # state dict of the network
+                theirs:dict # state dict of a file
+               )->dict:     # theirs, under our names
+    "Rename the same network's tensors when they stand in the same order under other names."
+    if [t.shape for t in theirs.values()][:len(ours)] == [t.shape for t in ours.values()] and not set(ours) & set(theirs): return dict(zip(ours, theirs.values()))
+    return theirs
+
 def load_pretrained(net:nn.Module, # backbone
                     path           # weights file
                    )->dict:        # {'loaded': count, 'missing': [...], 'unexpected': [...]}
     "Load what fits of a weights file into a backbone; grey input takes the sum of the RGB filters."
-    ours, theirs, state = net.state_dict(), read_weights(path), {}
-    if [t.shape for t in theirs.values()][:len(ours)] == [t.shape for t in ours.values()] and not set(ours) & set(theirs):
-        theirs = dict(zip(ours, theirs.values())) # the same network under other names, in the same order
+    ours, state = net.state_dict(), {}
+    theirs = match_names(ours, read_weights(path))
     for k, v in theirs.items():
         k = k.removeprefix('module.').removeprefix('backbone.')
         if k in ours and v.ndim == 4 and ours[k].shape[1] == 1 and v.shape[1] == 3 and v.shape[0] == ours[k].shape[0]: v = v.sum(1, keepdim=True)

@@ -7,11 +7,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 import torch
-from ..artifacts import Run, parent, sha256_file
+from ..artifacts import FerError, Run, parent, sha256_file
 from ..data.loader import Augment, Feeder, Pack, open_pack
 from ..data.preprocess import Preprocess
 from ..labels import CLASSES
 from ..models.backbones import Classifier, ModelConfig, calm_residuals, load_model, load_pretrained, model_size, refit_batchnorm
+from ..models.inherit import inherit_from
 from ..models.heads import margin_at
 from ..train.judge import judge_model
 from ..train.loop import TrainConfig, choose_precision, fit
@@ -48,14 +49,17 @@ def match_data(config:ModelConfig, # as asked for
 def start_model(config:ModelConfig, # model
                 feed:Feeder,        # data, for refitting batch norm
                 pretrained:str='none', # 'none', 'hub' or a weights file
-                seed:int=0          # initialisation
+                seed:int=0,         # initialisation
+                donor:str=''        # timm name of a larger network that the weights are of, to be inherited
                )->tuple[Classifier, dict]: # model, what was loaded
     "A classifier with its starting weights, and a report of what fitted."
     torch.manual_seed(seed)
-    model, report = Classifier(config, hub=pretrained == 'hub'), {'pretrained': pretrained}
+    if donor and pretrained == 'none': raise FerError('bad_parameter', f'to inherit from {donor} its weights are needed', 'pass pretrained=FILE or pretrained=hub')
+    model, report = Classifier(config, hub=pretrained == 'hub' and not donor), {'pretrained': pretrained}
     if pretrained == 'none': report['calmed'] = calm_residuals(model.backbone)
-    if pretrained in ('none', 'hub'): return model, report
-    report |= {'sha256': sha256_file(pretrained) if Path(pretrained).is_file() else None, **load_pretrained(model.backbone, pretrained)}
+    if pretrained == 'none' or pretrained == 'hub' and not donor: return model, report
+    report |= {'sha256': sha256_file(pretrained) if Path(pretrained).is_file() else None}
+    report |= inherit_from(model.backbone, donor, pretrained) if donor else load_pretrained(model.backbone, pretrained)
     bns = [m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     if bns and all((m.running_var - 1).abs().max() < 1e-3 for m in bns): # folded
         x = next(feed.batches(feed.pack.rows('train')[:512], 512))[0].cpu()
