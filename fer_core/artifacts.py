@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 # %% auto #0
 __all__ = ['FAILURES', 'HASHES', 'Failure', 'FerError', 'failure_code', 'atomic_path', 'write_bytes', 'write_text', 'write_json',
            'read_json', 'sha256_bytes', 'sha256_file', 'hashed_files', 'write_hashes', 'verify_hashes', 'environment',
-           'git_state', 'utc_now', 'run_manifest_model', 'Run', 'patch_to', 'new_run_folder', 'parent']
+           'git_state', 'utc_now', 'run_manifest_model', 'Run', 'patch_to', 'new_run_folder', 'parent', 'parent_id']
 
 # %% ../nbs/artifacts.ipynb #c004
 class Failure(NamedTuple):
@@ -336,3 +336,10 @@ def parent(folder, # run folder
     p = Path(folder)/file
     if not p.is_file(): raise FerError('missing_checkpoint', f'{p} is not there')
     return {'id': Path(folder).name, 'path': str(p), 'sha256': sha256_file(p)}
+
+def parent_id(manifest, # of a run
+              key:str   # name of the parent entry
+             )->str:    # run id
+    "Which run a manifest names as a parent."
+    entry = manifest.parents[key]
+    return entry['id'] if isinstance(entry, dict) else entry.id

@@ -148,3 +148,18 @@ def test_softlabels_of_another_manifest_are_refused(curated, whole, tmp_path):
     fer('run', 'curate', '-p', 'faces=560', '-p', 'face_size=32', '-p', 'seed=1', out=other)
     with pytest.raises(FerError) as e: read_softlabels(run.folder, open_pack(only_run(other, 'curate'), Preprocess(size=32)))
     assert e.value.code == 'softlabel_misaligned'
+
+
+def test_a_student_inherits_a_larger_network(curated, tmp_path):
+    import torch
+    from fer_core.models.backbones import ModelConfig, make_backbone
+    weights = tmp_path/'donor.pth'
+    torch.save(make_backbone(ModelConfig('mobilenetv3_small_100', channels=3)).state_dict(), weights)
+    student = ['run', 'student', '-p', f'data={curated}', '-p', 'epochs=1', *TINY, '-p', 'donor=mobilenetv3_small_100']
+    fer(*student, '-p', f'pretrained={weights}', out=tmp_path/'runs')
+    start = manifest(only_run(tmp_path/'runs', 'student'))['reliability']['start']
+    assert start['inherited_from'] == 'mobilenetv3_small_100' and len(start['sha256']) == 64 and start['loaded'] > 200
+    done = fer(*student, out=tmp_path/'none', check=FAILURES['bad_parameter'].exit_code)
+    assert 'pretrained=FILE' in done.stderr
+    weights.write_bytes(weights.read_bytes()[:200_000])
+    fer(*student, '-p', f'pretrained={weights}', out=tmp_path/'cut', check=FAILURES['corrupt_artifact'].exit_code)

@@ -13,7 +13,7 @@ from ..data.preprocess import Preprocess
 from ..labels import CLASSES, N_CLASSES
 
 # %% auto #0
-__all__ = ['FORMAT', 'METADATA', 'make_metadata', 'strip_notes', 'pool_globally', 'save_onnx', 'evaluating', 'quiet', 'Mirrored',
+__all__ = ['FORMAT', 'METADATA', 'make_metadata', 'strip_notes', 'pool_globally', 'save_onnx', 'Mirrored', 'evaluating', 'quiet',
            'export_onnx', 'read_metadata', 'write_metadata', 'cores', 'open_onnx', 'onnx_logits', 'torch_logits',
            'parity']
 
@@ -76,6 +76,15 @@ def save_onnx(proto:onnx.ModelProto,   # model; its own metadata are replaced
     with atomic_path(path) as tmp: onnx.save(proto, str(tmp))
     return Path(path)
 
+# %% ../../nbs/compress/export.ipynb #c007b
+class Mirrored(nn.Module):
+    "Two looks at every face: the mean of its logits and its mirror image's."
+    def __init__(self, model:nn.Module): # (n, channels, h, w) -> (n, classes)
+        super().__init__()
+        self.model = model
+
+    def forward(self, x): return self.model(torch.cat([x, x.flip(-1)])).unflatten(0, (2, -1)).mean(0)
+
 # %% ../../nbs/compress/export.ipynb #c009
 @contextlib.contextmanager
 def evaluating(model:nn.Module # any model
@@ -111,14 +120,6 @@ def _example(model, spec):
 # %% ../../nbs/compress/export.ipynb #c010
 _FOLD = 2**24  # bytes: constants up to this size are computed at export; torch's own limit leaves the cosine head's normalised weights to run time, out of reach of quantisation
 
-class Mirrored(nn.Module):
-    "Two looks at every face: the mean of its logits and its mirror image's."
-    def __init__(self, model:nn.Module): # (n, channels, h, w) -> (n, classes)
-        super().__init__()
-        self.model = model
-
-    def forward(self, x): return self.model(torch.cat([x, x.flip(-1)])).unflatten(0, (2, -1)).mean(0)
-
 def export_onnx(model:nn.Module,      # (n, channels, size, size) float32 -> (n, 7) logits
                 path,                 # ONNX file to write
                 spec:Preprocess,      # preprocessing it was trained with
@@ -129,7 +130,7 @@ def export_onnx(model:nn.Module,      # (n, channels, size, size) float32 -> (n,
                 weights_sha256:str='', # of the weights file it was loaded from
                 precision:str='fp32', # what the file holds
                 opset:int=20,         # ONNX operator set
-               mirror:bool=False     # average a face with its mirror image inside the file: steadier, at about twice the work
+                mirror:bool=False     # average a face with its mirror image inside the file: steadier, at about twice the work
                )->Path:               # the file
     "Write a model as one self-describing ONNX file with a dynamic batch."
     metadata = make_metadata(spec, temperature, threshold, licence=licence, run_id=run_id, weights_sha256=weights_sha256, precision=precision, looks=2 if mirror else 1)

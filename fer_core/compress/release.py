@@ -12,7 +12,7 @@ from .export import export_onnx, onnx_logits, read_metadata, write_metadata
 from .latency import compare
 from .quantize import quantize_static_int8
 from ..data.loader import Feeder, Pack, open_pack
-from ..distill.student import adopted_run
+from ..distill.student import adopted_run, started_from
 from ..evaluate.gates import evaluate_gates, gates_passed, int8_evidence, parity_evidence
 from ..evaluate.metrics import evaluate
 from ..labels import CLASSES
@@ -63,7 +63,7 @@ Seven expressions, in this order: {", ".join(CLASSES)}. Input: one face crop, {p
 |---|---|---|---|---|---|---|---|
 {rows}
 
-Test split of dataset `{pack.dataset_sha256}` ({", ".join(sorted(pack.table["source"].unique()))}), n = {len(pack.rows("test")):,}, held out; seed {m.seeds.get("train")}; student run `{stands.name}` ({read_json(Path(stands)/"config.json")["model"]["backbone"]}); latency: batch 1, ONNX Runtime, this machine ({m.environment.get("cpu")}, {m.environment.get("cores")} cores).
+Test split of dataset `{pack.dataset_sha256}` ({", ".join(sorted(pack.table["source"].unique()))}), n = {len(pack.rows("test")):,}, held out; seed {m.seeds.get("train")}; student run `{stands.name}` ({read_json(Path(stands)/"config.json")["model"]["backbone"]}; first weights: {started_from(stands)}); latency: batch 1, ONNX Runtime, this machine ({m.environment.get("cpu")}, {m.environment.get("cores")} cores).
 
 Released: **{released}**, because {reason}.
 

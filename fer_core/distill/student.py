@@ -6,7 +6,7 @@
 from __future__ import annotations
 from pathlib import Path
 import torch
-from ..artifacts import FerError, Run, parent, read_json
+from ..artifacts import FerError, Run, parent, parent_id, read_json
 from ..data.loader import Augment, Feeder
 from ..data.preprocess import Preprocess
 from .dkd import dkd_loss, dkd_warmup
@@ -20,7 +20,7 @@ from ..train.loop import TrainConfig, choose_precision, fit
 from ..train.losses import ce_loss, prior_weights
 
 # %% auto #0
-__all__ = ['PHASES', 'hint_loss', 'kd_objective', 'dkd_objective', 'adopted_run', 'adoption', 'train_student']
+__all__ = ['PHASES', 'hint_loss', 'kd_objective', 'dkd_objective', 'adopted_run', 'started_from', 'adoption', 'train_student']
 
 # %% ../../nbs/distill/student.ipynb #c004
 def hint_loss(h:torch.Tensor, # (n, width) the projector's guess
@@ -64,6 +64,16 @@ def adopted_run(folder # student run folder
     folder = Path(folder)
     verdict = read_json(folder/'run.json').get('reliability', {}).get('adoption', {})
     return folder if verdict.get('adopted', True) else adopted_run(folder.parent/verdict['stands'])
+
+def started_from(folder # run folder of a model
+                )->str: # its first weights
+    "What the weights of a run's first phase started from."
+    m = Run(folder).manifest
+    if 'before' in m.parents: return started_from(Path(folder).parent/parent_id(m, 'before'))
+    start = m.reliability.get('start', {})
+    given = start.get('pretrained', 'none')
+    weights = 'random weights' if given == 'none' else 'hub weights' if given == 'hub' else Path(given).name
+    return f'{start["inherited_from"]}, inherited ({weights})' if 'inherited_from' in start else weights
 
 def adoption(run:Run, # this phase's run
              phase:str, # kd or dkd

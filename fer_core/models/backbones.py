@@ -104,6 +104,7 @@ class Classifier(nn.Module):
         e = self.embed(x)
         return self.head(self.dropout(e)), self.projector(e)
 
+# %% ../../nbs/models/backbones.ipynb #c008b
 def with_projector(model:Classifier, # a classifier
                    width:int,        # of the teacher embedding; 0 takes the projector off
                    seed:int=0        # initialisation

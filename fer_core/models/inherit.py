@@ -4,7 +4,6 @@
 
 # %% ../../nbs/models/inherit.ipynb #c002
 from __future__ import annotations
-from pathlib import Path
 import torch
 from torch import nn
 from ..artifacts import FerError

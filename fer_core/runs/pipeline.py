@@ -6,9 +6,9 @@
 from __future__ import annotations
 from pathlib import Path
 import pandas as pd
-from ..artifacts import FerError, Run, parent, patch_to, read_json, write_json
+from ..artifacts import FerError, Run, parent, parent_id, patch_to, read_json, write_json
 from ..data.manifest import read_manifest
-from ..distill.student import adopted_run
+from ..distill.student import adopted_run, started_from
 from ..evaluate import gates as rules, metrics as scores, statistics
 from ..train.judge import read_logits
 
@@ -47,15 +47,9 @@ def _name(folder):
 def _start(folder):
     "What a run's weights started from."
     m = Run(folder).manifest
-    if 'before' in m.parents: return _name(Path(folder).parent/_parent(m, 'before'))
-    given = m.reliability.get('start', {}).get('pretrained', 'none')
-    return 'random weights' if given == 'none' else 'hub weights' if given == 'hub' else Path(given).name
+    return _name(Path(folder).parent/parent_id(m, 'before')) if 'before' in m.parents else started_from(folder)
 
 def _backbone(folder): return read_json(Path(folder)/'config.json')['model']['backbone']
-
-def _parent(m, key):
-    p = m.parents[key]
-    return p['id'] if isinstance(p, dict) else p.id
 
 def _row(name, m, run_id, params, size, seed, raw=None, bootseed=0, start='', mirrored=False, backbone=''):
     ci = statistics.with_intervals(m, seed=bootseed)['ci']

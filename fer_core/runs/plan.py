@@ -55,6 +55,11 @@ def _insert(value, done):
     if isinstance(value, list): return [_insert(v, done) for v in value]
     return str(done[value[1:]].folder) if isinstance(value, str) and value.startswith('@') else value
 
+def _check_weights(steps):
+    for step in steps:
+        given = step.given.get('pretrained', 'none')
+        if given not in ('none', 'hub') and not Path(given).is_file(): raise FerError('missing_checkpoint', f'step {step.name}: its starting weights {given} are not there', f'pass --set {step.name}.pretrained=FILE, or none')
+
 def run_plan(steps:list[Step], # of read_plan
              root=None,        # folder of runs
              fresh:bool=False, # run everything anew
@@ -62,6 +67,7 @@ def run_plan(steps:list[Step], # of read_plan
              tell=None         # f(step, run, reused, seconds), after each step
             )->dict[str, Run]: # step name -> run
     "Run a plan's steps in order."
+    _check_weights(steps) # now, not after hours
     done = {}
     for i, step in enumerate(steps, 1):
         began = time.time()
