@@ -63,7 +63,7 @@ Seven expressions, in this order: {", ".join(CLASSES)}. Input: one face crop, {p
 |---|---|---|---|---|---|---|---|
 {rows}
 
-Test split of dataset `{pack.dataset_sha256}` ({", ".join(sorted(pack.table["source"].unique()))}), n = {len(pack.rows("test")):,}, held out; seed {m.seeds.get("train")}; student run `{stands.name}` ({read_json(Path(stands)/"config.json")["model"]["backbone"]}; first weights: {started_from(stands)}); latency: batch 1, ONNX Runtime, this machine ({m.environment.get("cpu")}, {m.environment.get("cores")} cores).
+Test split of dataset `{pack.dataset_sha256}` ({", ".join(sorted(pack.table["source"].unique()))}), n = {len(pack.rows("test")):,}, held out; seed {m.seeds.get("train")}; student run `{stands.name}` ({read_json(Path(stands)/"config.json")["model"]["backbone"]}; first weights: {started_from(stands)}); latency: batch 1, ONNX Runtime, {variants["fp32"].get("threads")} threads on {run.manifest.environment.get("cpu")}, {run.manifest.environment.get("cores")} cores.
 
 Released: **{released}**, because {reason}.
 

@@ -20,7 +20,8 @@ from ..train.loop import TrainConfig, choose_precision, fit
 from ..train.losses import ce_loss, prior_weights
 
 # %% auto #0
-__all__ = ['PHASES', 'hint_loss', 'kd_objective', 'dkd_objective', 'adopted_run', 'started_from', 'adoption', 'train_student']
+__all__ = ['PHASES', 'OF_THE_MODEL', 'hint_loss', 'kd_objective', 'dkd_objective', 'adopted_run', 'started_from', 'adoption',
+           'train_student']
 
 # %% ../../nbs/distill/student.ipynb #c004
 def hint_loss(h:torch.Tensor, # (n, width) the projector's guess
@@ -88,6 +89,7 @@ def adoption(run:Run, # this phase's run
 
 # %% ../../nbs/distill/student.ipynb #c009
 PHASES = ('ce', 'kd', 'dkd')
+OF_THE_MODEL = ('backbone', 'head', 'output_stride', 'dropout', 'weights_mean', 'weights_std') # parameters that a later phase takes from its model
 
 def _soft_labels(folder, pack, hints):
     soft = read_softlabels(folder, pack, hints)
@@ -127,7 +129,7 @@ def train_student(run:Run,            # run folder
         if its_spec != spec: raise FerError('bad_parameter', f'{stands.name} was trained with another preprocessing than this phase', f'pass the same size and CLAHE: {its_spec}')
         if p['hint'] and model.config.hint != soft.hints.shape[-1]: model = with_projector(model, soft.hints.shape[-1], cfg.seed)
         report = {'pretrained': str(stands)}
-        run.record(parameters={k: getattr(model.config, k) for k in ('backbone', 'head', 'output_stride')}) # its own, not the stage's defaults
+        run.record(parameters={k: getattr(model.config, k) for k in OF_THE_MODEL}) # its own, not the stage's defaults
         run.record(parents={'before': parent(stands, 'best.safetensors'), 'softlabels': parent(softlabels, 'softlabels.npz')})
     precision = choose_precision(cfg.precision, model.config.backbone, device())
     run.record(seeds={'train': cfg.seed}, compression=model_size(model, spec), reliability={'start': report, 'precision': precision})

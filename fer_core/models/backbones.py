@@ -112,7 +112,7 @@ def with_projector(model:Classifier, # a classifier
     "Put a projector on for distillation, or take it off for release."
     torch.manual_seed(seed)
     new = Classifier(replace(model.config, hint=width))
-    state = {k: v for k, v in model.state_dict().items() if width or not k.startswith('projector.')}
+    state = {k: v for k, v in model.state_dict().items() if width == model.config.hint or not k.startswith('projector.')} # one of another width starts anew
     new.load_state_dict(state, strict=False)
     return new.train(model.training)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from ..artifacts import FerError, Run, parent, parent_id, patch_to, read_json, write_json
 from ..data.manifest import read_manifest
-from ..distill.student import adopted_run, started_from
+from ..distill.student import OF_THE_MODEL, adopted_run, started_from
 from ..evaluate import gates as rules, metrics as scores, statistics
 from ..train.judge import read_logits
 
@@ -119,7 +119,7 @@ def settings(self)->pd.DataFrame:
     def resolved(f):
         given = Run(f).manifest.parameters
         used = {k: v for k, v in given.items() if k not in UNUSED.get(given.get('phase'), ())}
-        return {'starts from': _start(f)} | used | {k: v for k, v in read_json(f/'config.json')['model'].items() if k in ('backbone', 'head', 'output_stride')}
+        return {'starts from': _start(f)} | used | {k: v for k, v in read_json(f/'config.json')['model'].items() if k in OF_THE_MODEL}
     table = pd.DataFrame({f'{_name(f)} ({f.name[-6:]})': resolved(f) for f in (*self.teachers, *self.students)})
     return table.drop(index=['data', 'run_dir', 'pretrained', 'teachers', 'before', 'softlabels', 'resume_from'], errors='ignore').astype(object).where(lambda t: t.notna(), '')
 

@@ -57,8 +57,9 @@ def _insert(value, done):
 
 def _check_weights(steps):
     for step in steps:
-        given = step.given.get('pretrained', 'none')
-        if given not in ('none', 'hub') and not Path(given).is_file(): raise FerError('missing_checkpoint', f'step {step.name}: its starting weights {given} are not there', f'pass --set {step.name}.pretrained=FILE, or none')
+        given, donor = step.given.get('pretrained') or 'none', step.given.get('donor')
+        if donor and given == 'none': raise FerError('bad_parameter', f'step {step.name} inherits from {donor} and names no weights', f"pass --set {step.name}.pretrained=FILE, or --set {step.name}.donor= to start from scratch")
+        if given not in ('none', 'hub') and not Path(given).is_file(): raise FerError('missing_checkpoint', f'step {step.name}: its starting weights {given} are not there', f'pass --set {step.name}.pretrained=FILE')
 
 def run_plan(steps:list[Step], # of read_plan
              root=None,        # folder of runs
