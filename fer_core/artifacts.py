@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 # %% auto #0
 __all__ = ['FAILURES', 'HASHES', 'Failure', 'FerError', 'failure_code', 'atomic_path', 'write_bytes', 'write_text', 'write_json',
            'read_json', 'sha256_bytes', 'sha256_file', 'hashed_files', 'write_hashes', 'verify_hashes', 'environment',
-           'git_state', 'utc_now', 'run_manifest_model', 'Run', 'patch_to', 'new_run_folder', 'parent', 'parent_id']
+           'git_state', 'utc_now', 'run_manifest_model', 'Run', 'patch_to', 'new_run_folder', 'parent', 'parent_folder']
 
 # %% ../nbs/artifacts.ipynb #c004
 class Failure(NamedTuple):
@@ -337,9 +337,13 @@ def parent(folder, # run folder
     if not p.is_file(): raise FerError('missing_checkpoint', f'{p} is not there')
     return {'id': Path(folder).name, 'path': str(p), 'sha256': sha256_file(p)}
 
-def parent_id(manifest, # of a run
-              key:str   # name of the parent entry
-             )->str:    # run id
-    "Which run a manifest names as a parent."
-    entry = manifest.parents[key]
-    return entry['id'] if isinstance(entry, dict) else entry.id
+def parent_folder(folder, # run folder
+                  key:str # name of the parent entry
+                 )->Path: # run folder of that parent
+    "Where a parent of a run is: beside the run, or where it was read."
+    folder = Path(folder)
+    entry = read_json(folder/'run.json')['parents'][key]
+    places = folder.parent/entry['id'], Path(entry['path']).parent
+    found = next((p for p in places if (p/'run.json').is_file()), None)
+    if found is None: raise FerError('missing_checkpoint', f'{folder.name} was made from {entry["id"]}, which is neither in {places[0].parent} nor in {places[1].parent}', 'bring that run folder back beside it')
+    return found

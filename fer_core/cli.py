@@ -89,7 +89,8 @@ def _report_run(done, as_json):
 # %% ../nbs/cli.ipynb #c009
 def _plan_change(data, source, given):
     "Parameters that the command line sets over the plan's."
-    change = {} if data is None else {'data': {'data': str(data)} | ({} if source == 'auto' else {'source': source})}
+    where = ({} if data is None else {'data': str(data)}) | ({} if source == 'auto' else {'source': source})
+    change = {'data': where} if where else {}
     for key, value in _pairs(given or ()).items():
         step, dot, name = key.partition('.')
         if not dot: raise FerError('bad_parameter', f'--set {key}={value} names no step', 'write --set step.parameter=value')
@@ -98,7 +99,7 @@ def _plan_change(data, source, given):
 
 @app.command()
 def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as downloaded: FER2013, FERPlus, class folders; default: procedural faces')] = None,
-               source:Annotated[str, typer.Option(help="adapter for --data: 'auto', 'fer2013', 'ferplus', 'folder' or 'synthetic'")] = 'auto',
+               source:Annotated[str, typer.Option(help="adapter for --data: 'auto', 'fer2013', 'fer2013_private', 'ferplus', 'folder' or 'synthetic'")] = 'auto',
                plan:Annotated[Optional[Path], typer.Option(help='plan to run (default: papermill_runs/quickstart.yaml)')] = None,
                given:Annotated[Optional[list[str]], typer.Option('--set', help="step.parameter=value over the plan's; repeatable")] = None,
                out:Out = None,
@@ -116,10 +117,11 @@ def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as
         print(f'{step.name:12} {run.manifest.status:9} {"reused" if reused else f"{seconds:5.0f} s"}  {run.folder}', flush=True)
     try: runs = run_plan(steps, out, fresh, bar.show, tell)
     finally: bar.close()
-    page, verdicts = publish(runs['thesis'], reports), [v for r in runs.values() if r.manifest.stage != 'thesis' for v in r.manifest.gates]
-    print('\nGates: ' + ', '.join(f'{g["gate"]} {"passed" if g["passed"] else "failed"}' for g in overall(verdicts)))
-    print(f'Report: {page}   ({time.time() - began:.0f} s)')
-    print(f'Live:   fer demo --source 0 --model {runs["compress"].folder}')
+    last = {r.manifest.stage: r for r in runs.values()} # a plan may name its steps as it likes, or lack one
+    verdicts = [v for r in runs.values() if r.manifest.stage != 'thesis' for v in r.manifest.gates]
+    if verdicts: print('\nGates: ' + ', '.join(f'{g["gate"]} {"passed" if g["passed"] else "failed"}' for g in overall(verdicts)))
+    if 'thesis' in last: print(f'Report: {publish(last["thesis"], reports)}   ({time.time() - began:.0f} s)')
+    if 'compress' in last: print(f'Live:   fer demo --source 0 --model {last["compress"].folder}')
 
 # %% ../nbs/cli.ipynb #c011
 @app.command()

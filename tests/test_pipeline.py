@@ -13,9 +13,9 @@ ce:         {stage: student, data: '@data', phase: ce, backbone: mobilenetv3_sma
 kd:         {stage: student, data: '@data', phase: kd, before: '@ce', softlabels: '@ensemble', size: 32, epochs: 1, hint: 1.0}
 dkd:        {stage: student, data: '@data', phase: dkd, before: '@kd', softlabels: '@ensemble', size: 32, epochs: 1, hint: 1.0}
 calibrate:  {stage: calibrate, student: '@dkd', ensemble: '@ensemble', teachers: ['@one', '@two']}
-compress:   {stage: compress, data: '@data', student: '@dkd', calibration: '@calibrate', faces: 100, mirror: true}
-benchmark:  {stage: benchmark, data: '@data', compressed: '@compress', seconds: 1.0, warmup: 5, timed: 20}
-thesis:     {stage: thesis, data: '@data', teachers: ['@one', '@two'], ensemble: '@ensemble', students: ['@ce', '@kd', '@dkd'], calibration: '@calibrate', compressed: '@compress', benchmark: '@benchmark'}
+small:      {stage: compress, data: '@data', student: '@dkd', calibration: '@calibrate', faces: 100, mirror: true}
+benchmark:  {stage: benchmark, data: '@data', compressed: '@small', seconds: 1.0, warmup: 5, timed: 20}
+end:        {stage: thesis, data: '@data', teachers: ['@one', '@two'], ensemble: '@ensemble', students: ['@ce', '@kd', '@dkd'], calibration: '@calibrate', compressed: '@small', benchmark: '@benchmark'}
 '''
 
 
@@ -130,3 +130,70 @@ def test_started_again_it_only_looks(path):
     before = sorted(p.name for p in (home/'runs').iterdir())
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count('reused') == 11 and sorted(p.name for p in (home/'runs').iterdir()) == before
+
+
+def test_a_parent_is_found_beside_its_run_or_where_it_was(path, tmp_path):
+    import shutil
+    from fer_core.artifacts import FerError, parent_folder
+    from fer_core.distill.student import started_from
+    home, _, _ = path
+    kd = next(r for r in run_of(home, 'student') if json.loads((r/'run.json').read_text())['parameters']['phase'] == 'kd')
+    before = parent_folder(kd, 'before')
+    moved = shutil.copytree(kd, tmp_path/'runs'/kd.name)
+    assert parent_folder(moved, 'before').name == before.name and started_from(moved) == started_from(kd) == 'random weights'
+    told = json.loads((moved/'run.json').read_text())
+    told['parents']['before']['path'] = '/nowhere/best.safetensors'
+    (moved/'run.json').write_text(json.dumps(told))
+    with pytest.raises(FerError) as e: parent_folder(moved, 'before')
+    assert e.value.code == 'missing_checkpoint' and before.name in str(e.value)
+    shutil.copytree(before, tmp_path/'runs'/before.name)
+    assert parent_folder(moved, 'before') == tmp_path/'runs'/before.name
+
+
+def test_runs_of_one_backbone_keep_names_apart(path):
+    from fer_core.runs.pipeline import _unique
+    home, _, _ = path
+    one, two = run_of(home, 'teacher')
+    assert len(set(_unique([one, two]).values())) == 2
+    kd = run_of(home, 'student')[:1]
+    names = _unique([one, *kd])
+    assert names[one.name] in ('resnet18', 'mobilenetv3_small_050')
+    import shutil
+    twin = shutil.copytree(one, home/'twin')
+    names = _unique([one, twin])
+    shutil.rmtree(twin)
+    assert len(set(names.values())) == 2 and all(v.startswith(('resnet18 (', 'mobilenetv3_small_050 (')) for v in names.values())
+
+
+def test_a_report_asks_for_the_teachers_of_its_ensemble(path, tmp_path):
+    from fer_core.artifacts import FerError, Run
+    from fer_core.runs.pipeline import Pipeline
+    home, _, _ = path
+    first = lambda stage: run_of(home, stage)[0]
+    with pytest.raises(FerError) as e: Pipeline(Run.create(tmp_path/'t', 'thesis'), first('curate'), [first('teacher')], first('ensemble'), run_of(home, 'student'), first('calibrate'), first('compress'), first('benchmark'))
+    assert e.value.code == 'bad_parameter' and run_of(home, 'teacher')[1].name in str(e.value)
+
+
+def test_shipping_replaces_the_release_before(path, tmp_path):
+    from fer_core.compress.release import ship
+    home, _, _ = path
+    (tmp_path/'student_old.onnx').write_bytes(b'old')
+    ship(run_of(home, 'compress')[0], tmp_path)
+    chosen = json.loads((tmp_path/'release.json').read_text())['file']
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([chosen, 'MODEL_CARD.md', 'release.json', 'hash_manifest.json'])
+    assert set(json.loads((tmp_path/'hash_manifest.json').read_text())) == {chosen, 'MODEL_CARD.md', 'release.json'}
+
+
+def test_a_file_that_answers_otherwise_is_not_released(path, tmp_path):
+    from fer_core.artifacts import FerError, Run
+    from fer_core.compress import release
+    from fer_core.evaluate.gates import evaluate_gates
+    home, _, _ = path
+    compress = run_of(home, 'compress')[0]
+    files = {'fp32': compress/'student.onnx', 'int8': compress/'student_int8.onnx'}
+    metrics = json.loads((compress/'metrics.json').read_text())
+    run, times = Run.create(tmp_path/'compress', 'compress'), {v: {'p50_ms': 1., 'p95_ms': 1.} for v in files}
+    verdicts = evaluate_gates({'parity.top1_agreement': .5, 'parity.max_abs_logit': 3.}, ('G-parity',))
+    with pytest.raises(FerError) as e: release._decide(run, None, compress, files, metrics, times, verdicts, {})
+    assert e.value.code == 'gate_rejected' and not (tmp_path/'compress'/'release.json').exists()
+    assert [v['passed'] for v in Run(run.folder).manifest.gates] == [False, False]

@@ -90,6 +90,12 @@ def test_resume_that_would_train_nothing(curated, whole, tmp_path):
     assert '4 epochs' in done.stderr and manifest(only_run(tmp_path, 'teacher'))['failure']['code'] == 'no_op_resume'
 
 
+def test_a_continued_run_names_the_one_it_continues(curated, whole, tmp_path):
+    fer('run', 'teacher', '-p', f'data={curated}', '-p', 'epochs=5', '-p', f'resume_from={whole/"last.ckpt"}', *TINY, out=tmp_path)
+    run = only_run(tmp_path, 'teacher')
+    assert manifest(run)['parents']['resumed_from']['id'] == whole.name and len(json.loads((run/'history.json').read_text())) == 5
+
+
 def test_resume_from_a_truncated_checkpoint(curated, whole, tmp_path):
     cut = tmp_path/'cut.ckpt'
     cut.write_bytes((whole/'last.ckpt').read_bytes()[:50_000])
@@ -153,12 +159,19 @@ def test_softlabels_of_another_manifest_are_refused(curated, whole, tmp_path):
 def test_a_student_inherits_a_larger_network(curated, tmp_path):
     import torch
     from fer_core.models.backbones import ModelConfig, make_backbone
+    from fer_core.runs.stage import same_weights
     weights = tmp_path/'donor.pth'
     torch.save(make_backbone(ModelConfig('mobilenetv3_small_100', channels=3)).state_dict(), weights)
     student = ['run', 'student', '-p', f'data={curated}', '-p', 'epochs=1', *TINY, '-p', 'donor=mobilenetv3_small_100']
     fer(*student, '-p', f'pretrained={weights}', out=tmp_path/'runs')
-    start = manifest(only_run(tmp_path/'runs', 'student'))['reliability']['start']
-    assert start['inherited_from'] == 'mobilenetv3_small_100' and len(start['sha256']) == 64 and start['loaded'] > 200
+    run = only_run(tmp_path/'runs', 'student')
+    start = manifest(run)['reliability']['start']
+    tensors = [k for k in make_backbone(ModelConfig('mobilenetv3_small_050')).state_dict() if not k.endswith('num_batches_tracked')]
+    assert start['inherited_from'] == 'mobilenetv3_small_100' and len(start['sha256']) == 64
+    assert start['loaded'] + len(start['missing']) == len(tensors) and start['loaded'] > .8*len(tensors)
+    assert same_weights(run, {'pretrained': str(weights)})
+    torch.save(make_backbone(ModelConfig('mobilenetv3_small_100', channels=3)).state_dict(), weights) # other weights under the same name
+    assert not same_weights(run, {'pretrained': str(weights)})
     done = fer(*student, out=tmp_path/'none', check=FAILURES['bad_parameter'].exit_code)
     assert 'pretrained=FILE' in done.stderr
     weights.write_bytes(weights.read_bytes()[:200_000])

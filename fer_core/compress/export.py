@@ -21,7 +21,7 @@ __all__ = ['FORMAT', 'METADATA', 'make_metadata', 'strip_notes', 'pool_globally'
 FORMAT = 'fer_core/1'
 METADATA = ('format', 'class_order', 'preprocess', 'input_size', 'colour_order', 'mean', 'std', 'clahe', 'temperature', 'abstention_threshold', 'licence', 'run_id',
             'weights_sha256', 'precision', 'looks', 'calibration_sha256', 'calibration_n', 'calibration_method', 'float_nodes')  # every key a file of ours may carry
-_OF_THE_GRAPH = ('format', 'class_order', 'preprocess', 'input_size', 'colour_order', 'mean', 'std', 'clahe')  # fixed by the weights: never rewritten
+_OF_THE_GRAPH = ('format', 'class_order', 'preprocess', 'input_size', 'colour_order', 'mean', 'std', 'clahe', 'precision', 'looks')  # fixed by graph and weights: never rewritten
 
 def _checked(temperature, threshold):
     T, threshold = float(temperature), float(threshold)
@@ -168,7 +168,7 @@ def write_metadata(path, # ONNX file of ours, rewritten atomically
                   )->dict:   # the metadata afterwards, as `read_metadata` gives them
     "Change what an ONNX file says about itself; its graph and weights stay as they are."
     fixed = sorted(set(changes) & set(_OF_THE_GRAPH))
-    if fixed: raise FerError('bad_parameter', f'{Path(path).name}: {fixed} belong to the weights', 'export the model again')
+    if fixed: raise FerError('bad_parameter', f'{Path(path).name}: {fixed} belong to its graph and weights', 'export the model again')
     (proto, raw), stored = _load(path), read_metadata(path)
     T, threshold = _checked(changes.get('temperature', stored['temperature']), changes.get('abstention_threshold', stored['abstention_threshold']))
     save_onnx(proto, path, raw | {k: str(v) for k, v in changes.items()} | {'temperature': T, 'abstention_threshold': threshold})

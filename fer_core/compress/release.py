@@ -111,6 +111,10 @@ def _decide(run, pack, stands, files, metrics, times, verdicts, size):
     "Record variants and verdicts, choose the released one, write the card."
     variants = {v: {'file': f.name, 'megabytes': f.stat().st_size/2**20, **{k: metrics[f'{v}/test'][k] for k in ('n', 'accuracy', 'macro_f1', 'temperature')}, 'ece': metrics[f'{v}/test']['ece_width'], 'ece_raw': metrics[f'{v}/test_raw']['ece_width'],
                     **{k: times[v][k] for k in ('p50_ms', 'p95_ms', 'p99_ms', 'cold_ms', 'threads') if k in times[v]}, 'sha256': sha256_file(f)} for v, f in files.items()}
+    wrong = [v for v in verdicts if v['gate'] == 'G-parity' and not v['passed']]
+    if wrong:
+        run.record(gates=verdicts)
+        raise FerError('gate_rejected', f'{files["fp32"]} does not answer as the model it was exported from: {wrong[0]["says"]} {wrong[0]["value"]:.4g}, required {wrong[0]["comparison"]} {wrong[0]["threshold"]:g}', 'nothing is released; see the versions of torch, onnx and onnxruntime')
     int8 = [v for v in verdicts if v['gate'] == 'G-int8']
     released = 'int8' if gates_passed(int8) else 'fp32'
     reason = 'INT8 passed its gate' if released == 'int8' else 'INT8 failed: ' + '; '.join(f'{v["says"]} {v["value"]:.4g}, required {v["comparison"]} {v["threshold"]:g}' for v in int8 if not v['passed'])
@@ -127,9 +131,11 @@ def ship(folder, # compress run folder
     "Copy a release into the package, with its hash manifest."
     from fer_core.artifacts import atomic_path, write_hashes
     folder, to = Path(folder), Path(to)
-    chosen = read_json(folder/'release.json')['file']
-    for name in dict.fromkeys((chosen, 'student_int8.onnx', 'config.json', 'MODEL_CARD.md', 'release.json')):
+    names = read_json(folder/'release.json')['file'], 'MODEL_CARD.md', 'release.json'
+    for name in names:
         with atomic_path(to/name) as tmp: shutil.copyfile(folder/name, tmp)
+    for old in to.iterdir():
+        if old.name not in names: old.unlink() # of an earlier release
     write_hashes(to)
     return to
 

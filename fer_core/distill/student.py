@@ -6,7 +6,7 @@
 from __future__ import annotations
 from pathlib import Path
 import torch
-from ..artifacts import FerError, Run, parent, parent_id, read_json
+from ..artifacts import FerError, Run, parent, parent_folder, read_json
 from ..data.loader import Augment, Feeder
 from ..data.preprocess import Preprocess
 from .dkd import dkd_loss, dkd_warmup
@@ -64,13 +64,13 @@ def adopted_run(folder # student run folder
     "Follow rejected phases back to the run that stands."
     folder = Path(folder)
     verdict = read_json(folder/'run.json').get('reliability', {}).get('adoption', {})
-    return folder if verdict.get('adopted', True) else adopted_run(folder.parent/verdict['stands'])
+    return folder if verdict.get('adopted', True) else adopted_run(parent_folder(folder, 'before'))
 
 def started_from(folder # run folder of a model
                 )->str: # its first weights
     "What the weights of a run's first phase started from."
     m = Run(folder).manifest
-    if 'before' in m.parents: return started_from(Path(folder).parent/parent_id(m, 'before'))
+    if 'before' in m.parents: return started_from(parent_folder(folder, 'before'))
     start = m.reliability.get('start', {})
     given = start.get('pretrained', 'none')
     weights = 'random weights' if given == 'none' else 'hub weights' if given == 'hub' else Path(given).name

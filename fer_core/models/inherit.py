@@ -102,7 +102,7 @@ def inherit(net:nn.Module,                # timm network of inverted residuals, 
     e.take(('conv_stem', 'bn1'), ('conv_stem', 'bn1'), stream)
     for s in range(10):
         if _blocks(e.ours, s) and _blocks(e.theirs, s): stream = _stage(e, s, stream)
-    e.new |= {k: v for k, v in e.theirs.items() if k not in e.new and not k.startswith('blocks.') and k in e.ours and v.shape == e.ours[k].shape}
+    e.new |= {k: v for k, v in e.theirs.items() if k not in e.new and not k.startswith('blocks.') and k in e.ours and v.shape == e.ours[k].shape and not k.endswith('num_batches_tracked')}
     net.load_state_dict(e.new, strict=False)
     return {'loaded': len(e.new), 'missing': [k for k in e.ours if k not in e.new and not k.endswith('num_batches_tracked')]}
 

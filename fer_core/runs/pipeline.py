@@ -6,7 +6,7 @@
 from __future__ import annotations
 from pathlib import Path
 import pandas as pd
-from ..artifacts import FerError, Run, parent, parent_id, patch_to, read_json, write_json
+from ..artifacts import FerError, Run, parent, parent_folder, patch_to, read_json, write_json
 from ..data.manifest import read_manifest
 from ..distill.student import OF_THE_MODEL, adopted_run, started_from
 from ..evaluate import gates as rules, metrics as scores, statistics
@@ -26,10 +26,13 @@ class Pipeline:
         self.teachers, self.students = [Path(t) for t in teachers], [Path(s) for s in students]
         self.ensemble, self.calibration, self.compressed, self.benchmark = map(Path, (ensemble, calibration, compressed, benchmark))
         self.student = adopted_run(self.students[-1])
+        self._names = _unique((*self.teachers, *self.students))
         self.dataset = Run(self.data).manifest.dataset
-        for folder in (*self.teachers, self.ensemble, *self.students, self.compressed, self.benchmark):
+        for folder in (*self.teachers, self.ensemble, *self.students, self.calibration, self.compressed, self.benchmark):
             other = Run(folder).manifest.dataset.get('sha256')
             if other != self.dataset['sha256']: raise FerError('softlabel_misaligned', f'{folder.name} stands on dataset {str(other)[:12]}, {self.data.name} is {self.dataset["sha256"][:12]}', 'report runs of one curated dataset')
+        fused = read_json(self.ensemble/'ensemble_metrics.json')['fusion']['teachers']
+        if set(fused) != {t.name for t in self.teachers}: raise FerError('bad_parameter', f'{self.ensemble.name} fuses {", ".join(fused)}, the report is given {", ".join(t.name for t in self.teachers)}', 'pass the teachers of the ensemble')
         self.metrics = {'ensemble': _test(self.ensemble), 'student': _test(self.student)}
         self.reliability = read_json(self.calibration/'reliabilitymetrics.json')
         self.class_counts = read_json(self.data/'clean_report.json')['after']
@@ -43,11 +46,21 @@ def _name(folder):
     p = Run(folder).manifest.parameters
     return p.get('backbone', '') if Run(folder).manifest.stage == 'teacher' else f'student {p["phase"].upper()}'
 
+def _unique(folders): # names by run id; those that two runs share get the end of the id
+    names = {Path(f).name: _name(f) for f in folders}
+    return {k: n if list(names.values()).count(n) == 1 else f'{n} ({k[-6:]})' for k, n in names.items()}
+
+@patch_to(Pipeline)
+def name(self, folder)->str: # run folder of a teacher or student
+    "What tables and figures call a run."
+    return self._names.get(Path(folder).name) or _name(folder)
+
 # %% ../../nbs/runs/pipeline.ipynb #c006
-def _start(folder):
+@patch_to(Pipeline)
+def _start(self, folder):
     "What a run's weights started from."
     m = Run(folder).manifest
-    return _name(Path(folder).parent/parent_id(m, 'before')) if 'before' in m.parents else started_from(folder)
+    return self.name(parent_folder(folder, 'before')) if 'before' in m.parents else started_from(folder)
 
 def _backbone(folder): return read_json(Path(folder)/'config.json')['model']['backbone']
 
@@ -63,11 +76,11 @@ def rows(self)->list[dict]: # a row a model
     out = [_row('linear on pixels', _test(self.benchmark), self.benchmark.name, None, None, None, _test(self.benchmark, 'test_raw'), self.seed)]
     for folder in (*self.teachers, *self.students):
         m = Run(folder).manifest
-        out.append(_row(_name(folder), _test(folder), folder.name, m.compression['params'], m.parameters['size'], m.seeds['train'], _test(folder, 'test_raw'), self.seed, _start(folder), bool(m.reliability.get('flip_averaged')), _backbone(folder)))
+        out.append(_row(self.name(folder), _test(folder), folder.name, m.compression['params'], m.parameters['size'], m.seeds['train'], _test(folder, 'test_raw'), self.seed, self._start(folder), bool(m.reliability.get('flip_averaged')), _backbone(folder)))
     params = sum(Run(t).manifest.compression['params'] for t in self.teachers)
     out.insert(1 + len(self.teachers), _row('ensemble', self.metrics['ensemble'], self.ensemble.name, params, None, None, _test(self.ensemble, 'test_raw'), self.seed, 'its teachers', any(Run(t).manifest.reliability.get('flip_averaged') for t in self.teachers)))
     small, size = Run(self.student).manifest, Run(self.student).manifest.parameters['size']
-    for v in ('fp32', 'int8'): out.append(_row(f'student {v.upper()}, ONNX', _test(self.compressed, f'{v}/test'), self.compressed.name, small.compression['params'], size, small.seeds['train'], _test(self.compressed, f'{v}/test_raw'), self.seed, _name(self.student), bool(Run(self.compressed).manifest.reliability.get('flip_averaged')), _backbone(self.student)))
+    for v in ('fp32', 'int8'): out.append(_row(f'student {v.upper()}, ONNX', _test(self.compressed, f'{v}/test'), self.compressed.name, small.compression['params'], size, small.seeds['train'], _test(self.compressed, f'{v}/test_raw'), self.seed, self.name(self.student), bool(Run(self.compressed).manifest.reliability.get('flip_averaged')), _backbone(self.student)))
     return out
 
 @patch_to(Pipeline)
@@ -119,14 +132,14 @@ def settings(self)->pd.DataFrame:
     def resolved(f):
         given = Run(f).manifest.parameters
         used = {k: v for k, v in given.items() if k not in UNUSED.get(given.get('phase'), ())}
-        return {'starts from': _start(f)} | used | {k: v for k, v in read_json(f/'config.json')['model'].items() if k in OF_THE_MODEL}
+        return {'starts from': self._start(f)} | used | {k: v for k, v in read_json(f/'config.json')['model'].items() if k in OF_THE_MODEL}
     table = pd.DataFrame({f'{_name(f)} ({f.name[-6:]})': resolved(f) for f in (*self.teachers, *self.students)})
     return table.drop(index=['data', 'run_dir', 'pretrained', 'teachers', 'before', 'softlabels', 'resume_from'], errors='ignore').astype(object).where(lambda t: t.notna(), '')
 
 @patch_to(Pipeline)
 def histories(self, folders)->dict: # run folders; name -> history
     "Training histories by model name."
-    return {_name(f): read_json(Path(f)/'history.json') for f in folders}
+    return {self.name(f): read_json(Path(f)/'history.json') for f in folders}
 
 # %% ../../nbs/runs/pipeline.ipynb #c012
 @patch_to(Pipeline)
@@ -136,20 +149,20 @@ def phases(self)->pd.DataFrame:
     for f in self.students:
         m = read_json(f/'metrics.json')
         verdict = Run(f).manifest.reliability.get('adoption', {'adopted': True, 'reason': 'first phase'})
-        rows.append({'phase': _name(f), **{f'{k} {s}': m[s][k] for s in ('val', 'test') for k in ('macro_f1', 'accuracy', 'ece_width')}, 'ECE raw test': m['test_raw']['ece_width'],
+        rows.append({'phase': self.name(f), **{f'{k} {s}': m[s][k] for s in ('val', 'test') for k in ('macro_f1', 'accuracy', 'ece_width')}, 'ECE raw test': m['test_raw']['ece_width'],
                      'adopted': verdict['adopted'], 'why': verdict['reason'], 'run': f.name})
     return pd.DataFrame(rows).set_index('phase').round(4)
 
 @patch_to(Pipeline)
 def per_class(self)->dict: # name -> per-class table
     "Per-class tables of teachers, ensemble and the student that stands."
-    return {**{_name(t): _test(t)['per_class'] for t in self.teachers}, 'ensemble': self.metrics['ensemble']['per_class'], _name(self.student): self.metrics['student']['per_class']}
+    return {**{self.name(t): _test(t)['per_class'] for t in self.teachers}, 'ensemble': self.metrics['ensemble']['per_class'], self.name(self.student): self.metrics['student']['per_class']}
 
 @patch_to(Pipeline)
 def calibrations(self)->pd.DataFrame:
     "Temperature, NLL and ECE before and after, of every model."
     rows = {}
-    for name, f in {**{_name(t): t for t in self.teachers}, 'ensemble': self.ensemble, **{_name(s): s for s in self.students}}.items():
+    for name, f in {**{self.name(t): t for t in self.teachers}, 'ensemble': self.ensemble, **{self.name(s): s for s in self.students}}.items():
         c = read_json(f/'calibration.json')
         rows[name] = {'T': c['temperature'], 'fitted on': f'{c["fit_split"]}, n = {c["n_fit"]:,}', 'reported on': f'test, n = {c["splits"]["test"]["n"]:,}', **{k: v for k, v in c['splits']['test'].items() if k not in ('n', 'in_sample')}}
     return pd.DataFrame(rows).T
@@ -162,21 +175,21 @@ def _probs(self, folder):
 @patch_to(Pipeline)
 def risk_coverage(self)->dict: # name -> curve
     "Risk against coverage of ensemble and student."
-    return {name: scores.risk_coverage(*self._probs(f)) for name, f in (('ensemble', self.ensemble), (_name(self.student), self.student))}
+    return {name: scores.risk_coverage(*self._probs(f)) for name, f in (('ensemble', self.ensemble), (self.name(self.student), self.student))}
 
 @patch_to(Pipeline)
 def fusion(self)->pd.DataFrame:
     "Members of the ensemble, their weights and temperatures, and how the weights were found."
     f = read_json(self.ensemble/'ensemble_metrics.json')['fusion']
-    table = pd.DataFrame({'weight': f['weights'], 'temperature': f['temperatures'], 'run': f['teachers']}, index=[_name(t) for t in self.teachers])
+    table = pd.DataFrame({'weight': f['weights'], 'temperature': f['temperatures'], 'run': f['teachers']}, index=[self.name(t) for t in f['teachers']])
     return table.assign(found=f'{f["method"]}: {f["reason"]}')
 
 @patch_to(Pipeline)
 def mcnemar(self)->pd.DataFrame:
     "McNemar's test of the student that stands against the ensemble and against the CE student."
     a, y = self._probs(self.student)
-    others = {'ensemble': self.ensemble} | ({'student CE': self.students[0]} if self.students[0] != self.student else {})
-    return pd.DataFrame({f'{_name(self.student)} (A) against {n} (B)': statistics.mcnemar(a.argmax(1) == y, self._probs(f)[0].argmax(1) == y) for n, f in others.items()}).T.assign(p=lambda t: t['p'].map('{:.2g}'.format))
+    others = {'ensemble': self.ensemble} | ({self.name(self.students[0]): self.students[0]} if self.students[0].name != self.student.name else {})
+    return pd.DataFrame({f'{self.name(self.student)} (A) against {n} (B)': statistics.mcnemar(a.argmax(1) == y, self._probs(f)[0].argmax(1) == y) for n, f in others.items()}).T.assign(p=lambda t: t['p'].map('{:.2g}'.format))
 
 # %% ../../nbs/runs/pipeline.ipynb #c014
 @patch_to(Pipeline)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 from ..artifacts import FerError, Run
+from ..compat import mend_torchvision
 from .stage import resolve, run_stage, stage_notebook
 
 # %% auto #0
@@ -59,7 +60,13 @@ def _check_weights(steps):
     for step in steps:
         given, donor = step.given.get('pretrained') or 'none', step.given.get('donor')
         if donor and given == 'none': raise FerError('bad_parameter', f'step {step.name} inherits from {donor} and names no weights', f"pass --set {step.name}.pretrained=FILE, or --set {step.name}.donor= to start from scratch")
+        if donor and not _known(donor): raise FerError('bad_parameter', f'step {step.name} inherits from {donor!r}, which timm does not know', f'take one of timm.list_models(), or --set {step.name}.donor= to start from scratch')
         if given not in ('none', 'hub') and not Path(given).is_file(): raise FerError('missing_checkpoint', f'step {step.name}: its starting weights {given} are not there', f'pass --set {step.name}.pretrained=FILE')
+
+def _known(backbone):
+    mend_torchvision()
+    import timm
+    return timm.is_model(backbone)
 
 def run_plan(steps:list[Step], # of read_plan
              root=None,        # folder of runs

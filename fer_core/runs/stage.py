@@ -6,10 +6,11 @@
 from __future__ import annotations
 import ast, difflib, json, os, threading
 from pathlib import Path
-from ..artifacts import FAILURES, FerError, Run, failure_code, new_run_folder, read_json, sha256_bytes, sha256_file, utc_now, write_hashes
+from ..artifacts import FAILURES, FerError, Run, failure_code, git_state, new_run_folder, read_json, sha256_bytes, sha256_file, utc_now, write_hashes
 
 # %% auto #0
-__all__ = ['STAGES', 'stage_notebook', 'parameters', 'resolve', 'fingerprint', 'find_run', 'runs_root', 'begin', 'run_stage']
+__all__ = ['STAGES', 'stage_notebook', 'parameters', 'resolve', 'fingerprint', 'find_run', 'same_weights', 'runs_root', 'begin',
+           'run_stage']
 
 # %% ../../nbs/runs/stage.ipynb #c004
 STAGES = ('curate', 'teacher', 'ensemble', 'student', 'calibrate', 'compress', 'benchmark', 'thesis')  # in pipeline order
@@ -83,6 +84,13 @@ def find_run(root, # folder of runs
     same = [p.parent for p in Path(root).glob('*/run.json') if _quiet(p).get('fingerprint') == mark]
     return max(same, key=lambda p: _quiet(p/'run.json').get('started', ''), default=None)
 
+def same_weights(folder,    # run folder
+                 given:dict # resolved parameters
+                )->bool:    # also when no weights file is named
+    "Whether a run began from the weights that a file holds now."
+    path, began = Path(given.get('pretrained') or 'none'), _quiet(Path(folder)/'run.json').get('reliability', {}).get('start', {}).get('sha256')
+    return not (began and path.is_file()) or sha256_file(path) == began
+
 def _quiet(path):
     try: return read_json(path)
     except FerError: return {}
@@ -152,6 +160,7 @@ def run_stage(stage:str,       # stage name
     given = resolve(stage, given)
     root, mark = Path(root or runs_root()), fingerprint(stage, given)
     old = None if fresh else find_run(root, mark)
+    if old and not same_weights(old, given): old = None
     status = _quiet(old/'run.json').get('status') if old else None
     if reuse and status in ('accepted', 'rejected'): return Run(old)
     if old and status in ('running', 'failed'): run = _reopen(old)
@@ -179,5 +188,7 @@ def _reopen(folder):
     run = Run(folder)
     run.lock(); run._lock.close()  # wait until an orphaned kernel has ended
     was = run.manifest
-    run.record(notes=[*was.notes, f'{utc_now()} resumed after {was.status if was.status == "running" else was.failure["code"]}'], status='running', failure=None, ended=None)
+    now, then = git_state().get('commit'), was.git.get('commit')
+    moved = f' at commit {now}' if now != then else ''
+    run.record(notes=[*was.notes, f'{utc_now()} resumed{moved} after {was.status if was.status == "running" else was.failure["code"]}'], status='running', failure=None, ended=None)
     return run

@@ -12,7 +12,7 @@ from torch import nn
 from ..compat import mend_torchvision
 mend_torchvision()
 from timm.utils import ModelEmaV3
-from ..artifacts import FerError, Run, atomic_path, write_json
+from ..artifacts import FerError, Run, atomic_path, parent, write_json
 from ..data.loader import Feeder
 from ..evaluate.metrics import macro_f1, nll, softmax
 from ..models.backbones import Classifier, save_model
@@ -141,13 +141,13 @@ def validation_row(model, feed, rows, precision='32-true')->dict: # a history en
     p = softmax(z)
     return {'val_loss': float(nll(p, y)), 'val_accuracy': float((z.argmax(1) == y).mean()), 'val_macro_f1': float(macro_f1(p, y))}
 
-def _keep_books(run, model, spec, history, state, key):
-    "After an epoch: best weights if it is the best, then the history, then the resume state."
-    rank = [(h['val_macro_f1'], -h['val_loss']) for h in history]
+def _keep_books(run, model, spec, history, state, first):
+    "After an epoch: best weights if it is the best of this run's, then the history, then the resume state."
+    rank = [(h['val_macro_f1'], -h['val_loss']) for h in history[first:]]
     if rank[-1] == max(rank): save_model(run.folder, model, spec, epoch=len(history))
     write_json(run.path('history.json'), history)
     with atomic_path(run.path('train_log.csv')) as tmp: pd.DataFrame(history).to_csv(tmp, index=False)
-    _save_state(run.path('last.ckpt'), epoch=len(history), history=history, key=key, **state)
+    _save_state(run.path('last.ckpt'), epoch=len(history), history=history, first=first, **state)
 
 def _stop_early(history, cfg):
     scores = [h['val_macro_f1'] for h in history]
@@ -167,8 +167,12 @@ def fit(run:Run,           # run folder that receives best.safetensors, config.j
     opt, history, key = make_optimizer(model, cfg), [], repr((asdict(cfg), asdict(model.config), feed.pack.dataset_sha256))
     model.to(feed.device, memory_format=torch.channels_last)
     ema = ModelEmaV3(model, decay=cfg.ema, use_warmup=True) if cfg.ema else None
-    own = run.path('last.ckpt')
-    if own.is_file() or resume_from: history = _restore(load_state(own if own.is_file() else resume_from), model, ema, opt, cfg, None if resume_from else key)
+    own, first = run.path('last.ckpt'), 0
+    if own.is_file() or resume_from:
+        state = load_state(own if own.is_file() else resume_from)
+        history = _restore(state, model, ema, opt, cfg, None if resume_from else key)
+        first = state.get('first', 0) if own.is_file() else len(history)
+    if resume_from and not own.is_file(): run.record(parents={'resumed_from': parent(Path(resume_from).parent, Path(resume_from).name)})
     rows, val, precision = feed.pack.rows('train'), feed.pack.rows('val'), fabric._precision.precision
     if len(history) >= cfg.epochs and resume_from and not own.is_file(): raise FerError('no_op_resume', f'{resume_from} has {len(history)} epochs and {cfg.epochs} are asked for: nothing to train', f'ask for more than {len(history)} epochs')
     net, opt = fabric.setup(model, opt, move_to_device=False)
@@ -182,7 +186,7 @@ def fit(run:Run,           # run folder that receives best.safetensors, config.j
         if history and loss > 10*max(1e-3, abs(history[0]['train_loss'])): raise FerError('divergence', f'epoch {epoch + 1}: loss {loss:.3g} is over ten times the first epoch\'s')
         judged = ema.module if ema else model
         history.append({'epoch': epoch + 1, 'train_loss': loss, **validation_row(judged, feed, val, precision), 'lr': opt.param_groups[0]['lr'], 'seconds': round(time.monotonic() - began, 2)})
-        _keep_books(run, judged, feed.pack.spec, history, {'model': model.state_dict(), 'ema': judged.state_dict(), 'optimizer': opt.state_dict()}, key)
+        _keep_books(run, judged, feed.pack.spec, history, {'model': model.state_dict(), 'ema': judged.state_dict(), 'optimizer': opt.state_dict(), 'key': key}, first)
         run.progress(epoch + 1, cfg.epochs, f'epoch {epoch + 1}/{cfg.epochs} macro-F1 {history[-1]["val_macro_f1"]:.3f}')
     return history
 
