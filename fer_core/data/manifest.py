@@ -7,24 +7,27 @@ from __future__ import annotations
 import csv, hashlib
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..artifacts import FerError, atomic_path
-from .sources import COLUMNS
+from ..artifacts import FerError, atomic_path, read_json
+from .adapter import COLUMNS
 from ..labels import CLASSES
 
 # %% auto #0
-__all__ = ['SPLITS', 'write_manifest', 'read_manifest', 'class_counts', 'split_counts', 'class_priors', 'content_hash']
+__all__ = ['SPLITS', 'LATER', 'write_manifest', 'read_manifest', 'class_counts', 'split_counts', 'class_priors', 'content_hash',
+           'data_roots']
 
 # %% ../../nbs/data/manifest.ipynb #c004
 SPLITS = ('train', 'val', 'test')
 _NUMBERS = ('width', 'height', 'quality')
+LATER = ('opinions',)  # columns that manifests of version 0.1 did not have
 
 # %% ../../nbs/data/manifest.ipynb #c005
 def write_manifest(df:pd.DataFrame, # rows with the manifest columns
                    path):           # CSV file to write, atomically
     "Write a manifest; the same rows give the same bytes."
-    lost = [c for c in COLUMNS if c not in df]
+    lost = [c for c in COLUMNS if c not in df and c not in LATER]
     if lost: raise FerError('bad_parameter', f'a manifest needs the columns {", ".join(lost)}')
-    with atomic_path(path) as tmp: df[list(COLUMNS)].to_csv(tmp, index=False, lineterminator='\n', float_format='%.6g')
+    df = df.assign(**{c: '' for c in LATER if c not in df})
+    with atomic_path(path) as tmp: df[[*COLUMNS, *LATER]].to_csv(tmp, index=False, lineterminator='\n', float_format='%.6g')
 
 # %% ../../nbs/data/manifest.ipynb #c006
 def _number(text, column, name):
@@ -52,7 +55,8 @@ def read_manifest(path # CSV file written by `write_manifest`
     if not path.is_file(): raise FerError('missing_file', f'{path} is not there')
     try:
         _check_shape(path)
-        df = pd.read_csv(path, dtype=str, keep_default_na=False)[list(COLUMNS)]
+        df = pd.read_csv(path, dtype=str, keep_default_na=False)
+        df = df.assign(**{c: '' for c in LATER if c not in df})[[*COLUMNS, *LATER]]
     except (pd.errors.ParserError, UnicodeDecodeError, csv.Error) as e: raise FerError('corrupt_artifact', f'{path.name} is no manifest ({str(e).strip()})') from None
     return df.assign(**{c: _number(df[c], c, path.name) for c in _NUMBERS})
 
@@ -84,3 +88,9 @@ def content_hash(df:pd.DataFrame # manifest
     "sha256 over id, label, split, pixel hash and soft label of every row, in any order."
     rows = sorted('\x1f'.join(map(str, r)) for r in df[_CONTENT].itertuples(index=False))
     return hashlib.sha256('\n'.join(rows).encode()).hexdigest()
+
+def data_roots(data # curated data folder
+              ): # folder of the dataset, or {source: folder}
+    "Where the pictures of a curated folder lie."
+    told = read_json(Path(data)/'source.json')
+    return told.get('roots') or told['root']

@@ -6,24 +6,21 @@
 from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 import numpy as np, pandas as pd
 from ..artifacts import FerError
-from .fingerprint import NEAR, Prints, fingerprints, near_pairs
-from .manifest import SPLITS, read_manifest
-from .sources import COLUMNS, DRAWN, inside, read_image
+from .fingerprint import NEAR, Prints, near_pairs
+from .manifest import SPLITS, class_priors, read_manifest
+from .adapter import COLUMNS, Problem
+from .images import inside, root_of
+from .prints import decode_rows, row_name
+from .sources import DRAWN
 from ..labels import CLASSES
 
 # %% auto #0
-__all__ = ['Problem', 'Report', 'photo_pairs', 'decode_rows', 'validate']
+__all__ = ['SHIFT', 'Report', 'prior_shifts', 'photo_pairs', 'validate']
 
 # %% ../../nbs/data/validate.ipynb #c004
-@dataclass(frozen=True)
-class Problem:
-    "One thing wrong with a manifest."
-    code: str    # a key of `artifacts.FAILURES`
-    where: str   # 'row 17 (fer2013/000015)', or a split
-    message: str # what is wrong
-
 @dataclass
 class Report:
     "What validation found."
@@ -31,6 +28,7 @@ class Report:
     decoded: int = 0                             # pictures decoded
     problems: list = field(default_factory=list) # what makes the data unusable
     warnings: list = field(default_factory=list) # what a reader should know
+    shifts: list = field(default_factory=list)   # distances between class priors: a, b, total variation
 
     @property
     def ok(self)->bool: return not self.problems
@@ -38,7 +36,7 @@ class Report:
     def to_dict(self)->dict:
         "The report as JSON-like data."
         return {'ok': self.ok, 'n': self.n, 'decoded': self.decoded, 'by_code': dict(sorted(Counter(p.code for p in self.problems).items())),
-                'problems': [asdict(p) for p in self.problems], 'warnings': [asdict(p) for p in self.warnings]}
+                'problems': [asdict(p) for p in self.problems], 'warnings': [asdict(p) for p in self.warnings], 'prior_shifts': self.shifts}
 
     def raise_if_bad(self):
         "Raise the first problem as an error that says how many there are."
@@ -50,30 +48,27 @@ class Report:
         head = f'{"ok" if self.ok else "NOT ok"}: {self.n:,} rows, {self.decoded:,} pictures decoded, {len(self.problems):,} problems, {len(self.warnings):,} warnings'
         return '\n'.join([head] + [f'  {p.code}: {p.where}: {p.message}' for p in (self.problems + self.warnings)[:10]])
 
-# %% ../../nbs/data/validate.ipynb #c005
-def _row(df, i): return f'row {i + 2} ({df["id"].iloc[i]})'
-
 # %% ../../nbs/data/validate.ipynb #c007
 def _check_ids(df):
-    for i in np.flatnonzero(df['id'].duplicated()): yield Problem('duplicate_id', _row(df, i), f'id {df["id"].iloc[i]!r} is on an earlier row too')
-    for i in np.flatnonzero(df['id'].astype(str) == ''): yield Problem('duplicate_id', _row(df, i), 'the id is empty')
+    for i in np.flatnonzero(df['id'].duplicated()): yield Problem('duplicate_id', row_name(df, i), f'id {df["id"].iloc[i]!r} is on an earlier row too')
+    for i in np.flatnonzero(df['id'].astype(str) == ''): yield Problem('duplicate_id', row_name(df, i), 'the id is empty')
 
 def _check_labels(df):
-    for i in np.flatnonzero(~df['label'].isin(CLASSES)): yield Problem('unknown_label', _row(df, i), f'label {df["label"].iloc[i]!r} is none of {", ".join(CLASSES)}')
-    for i in np.flatnonzero(~df['split'].isin(SPLITS)): yield Problem('bad_parameter', _row(df, i), f'split {df["split"].iloc[i]!r} is none of {", ".join(SPLITS)}')
+    for i in np.flatnonzero(~df['label'].isin(CLASSES)): yield Problem('unknown_label', row_name(df, i), f'label {df["label"].iloc[i]!r} is none of {", ".join(CLASSES)}')
+    for i in np.flatnonzero(~df['split'].isin(SPLITS)): yield Problem('bad_parameter', row_name(df, i), f'split {df["split"].iloc[i]!r} is none of {", ".join(SPLITS)}')
 
 def _check_soft(df):
     for i in np.flatnonzero(df['soft_label'].astype(str) != ''):
         try: p = np.array(df['soft_label'].iloc[i].split(), float)
         except ValueError: p = np.zeros(0)
-        if p.shape != (len(CLASSES),) or p.min() < 0 or abs(p.sum() - 1) > 1e-3: yield Problem('softlabel_misaligned', _row(df, i), 'the soft label is not seven probabilities')
+        if p.shape != (len(CLASSES),) or p.min() < 0 or abs(p.sum() - 1) > 1e-3: yield Problem('softlabel_misaligned', row_name(df, i), 'the soft label is not seven probabilities')
 
 def _check_paths(df, root):
     seen = {}
-    for i, path in enumerate(df['path'].astype(str)):
-        file = path.rpartition('#')[0] if '.csv#' in path else path
-        if file not in seen: seen[file] = _path_problem(root, file)
-        if seen[file]: yield Problem(seen[file][0], _row(df, i), seen[file][1])
+    for i, (path, source) in enumerate(zip(df['path'].astype(str), df['source'].astype(str))):
+        key = source, path.rpartition('#')[0] if '.csv#' in path else path
+        if key not in seen: seen[key] = _path_problem(root_of(root, source), key[1])
+        if seen[key]: yield Problem(seen[key][0], row_name(df, i), seen[key][1])
 
 def _path_problem(root, file):
     try: real = inside(root, file)
@@ -89,6 +84,22 @@ def _missing_classes(df):
             for c in CLASSES:
                 if not (rows == c).any(): yield split, Problem('missing_file', split, f'no row of class {c}')
 
+SHIFT = .1  # total variation between class priors from which on it is a warning
+
+def prior_shifts(df:pd.DataFrame # manifest
+                )->list:         # {'a', 'b', 'total_variation'}, splits then sources of the training part
+    "Distances between class priors."
+    priors = {s: class_priors(df, s) for s in SPLITS if (df['split'] == s).any()}
+    train = df[df['split'] == 'train']
+    priors |= {f'train of {s}': class_priors(rows) for s, rows in train.groupby('source')} if train['source'].nunique() > 1 else {}
+    sources = [k for k in priors if k not in SPLITS]
+    pairs = [*combinations([k for k in priors if k in SPLITS], 2), *combinations(sources, 2)]
+    return [{'a': a, 'b': b, 'total_variation': round(float(np.abs(priors[a] - priors[b]).sum()/2), 4)} for a, b in pairs]
+
+def _shift_warnings(shifts):
+    for s in shifts:
+        if s['total_variation'] > SHIFT: yield Problem('gate_rejected', f'{s["a"]} and {s["b"]}', f'class priors differ by {s["total_variation"]:.2f} (total variation)')
+
 # %% ../../nbs/data/validate.ipynb #c011
 def _crossing(df, keys, what):
     "Rows whose key was first seen in another split."
@@ -96,7 +107,7 @@ def _crossing(df, keys, what):
     _, first, which = np.unique(keys, return_index=True, return_inverse=True)
     first = first[which]
     for i in np.flatnonzero((split != split[first]) & (keys != '')):
-        yield Problem('split_leakage', _row(df, i), f'in {split[i]}, {what} {_row(df, first[i])} in {split[first[i]]}')
+        yield Problem('split_leakage', row_name(df, i), f'in {split[i]}, {what} {row_name(df, first[i])} in {split[first[i]]}')
 
 def photo_pairs(source,          # (n,) source of each row
                 prints:Prints,   # fingerprints of the rows
@@ -104,36 +115,21 @@ def photo_pairs(source,          # (n,) source of each row
                )->np.ndarray:    # (k, 2) rows i < j
     "Near-duplicate pairs, but for those between drawn pictures."
     if near is None: return np.zeros((0, 2), int)
-    pairs, drawn = near_pairs(prints, near), np.isin(np.asarray(source, str), DRAWN)
+    drawn = np.isin(np.asarray(source, str), DRAWN)
+    if drawn.all(): return np.zeros((0, 2), int)
+    pairs = near_pairs(prints, near)
     return pairs[~drawn[pairs].all(1)]
 
-def _check_near(df, rows, prints, near):
+def _check_near(df, rows, prints, near, pairs):
     split = df['split'].to_numpy()
-    for i, j in rows[photo_pairs(df['source'].to_numpy()[rows], prints, near)]:
-        if split[i] != split[j]: yield Problem('split_leakage', _row(df, j), f'in {split[j]}, a near-duplicate of {_row(df, i)} in {split[i]}')
+    for i, j in rows[photo_pairs(df['source'].to_numpy()[rows], prints, near)] if pairs is None else pairs:
+        if split[i] != split[j]: yield Problem('split_leakage', row_name(df, j), f'in {split[j]}, a near-duplicate of {row_name(df, i)} in {split[i]}')
 
 # %% ../../nbs/data/validate.ipynb #c013
-def decode_rows(df:pd.DataFrame, # manifest
-                root,            # folder of the dataset
-                rows,            # row numbers to decode
-                progress=None    # called with (done, total, text)
-               )->tuple:         # fingerprints, the row numbers they belong to, problems
-    "Decode and fingerprint rows, collecting what cannot be decoded."
-    good, problems, paths = [], [], df['path'].to_numpy()
-    def stream():
-        for done, i in enumerate(rows, 1):
-            try: image = read_image(root, paths[i])
-            except FerError as e: problems.append(Problem(e.code, _row(df, i), e.what)); continue
-            good.append(i)
-            yield image
-            if progress and (done % 256 == 0 or done == len(rows)): progress(done, len(rows), f'decoding {done:,}/{len(rows):,}')
-    prints = fingerprints(stream())
-    return prints, np.array(good, int), problems
-
 def _check_hashes(df, rows, prints):
     recorded = df['sha256'].to_numpy()[rows]
     for k in np.flatnonzero((recorded != '') & (recorded != prints.sha256)):
-        yield Problem('hash_mismatch', _row(df, rows[k]), f'the pixels of {df["path"].iloc[rows[k]]} differ from the recorded sha256')
+        yield Problem('hash_mismatch', row_name(df, rows[k]), f'the pixels of {df["path"].iloc[rows[k]]} differ from the recorded sha256')
 
 # %% ../../nbs/data/validate.ipynb #c014
 def _load(manifest):
@@ -143,11 +139,12 @@ def _load(manifest):
     return df.reset_index(drop=True).assign(**{c: '' for c in COLUMNS if c not in df})
 
 def validate(manifest,            # DataFrame, or path of a manifest CSV
-             root,                # folder of the dataset the paths are relative to
+             root,                # folder of the dataset the paths are relative to, or {source: folder}
              sample:int|None=None,# decode only so many rows, evenly spread; None = all
              near:int|None=NEAR,  # greatest Hamming distance of near-duplicates; None = only exact copies
              prints:Prints|None=None, # fingerprints of all rows, if they were just made: nothing is decoded
-             progress=None        # called with (done, total, text)
+             progress=None,       # called with (done, total, text)
+             pairs=None           # (k, 2) rows that show one photo, if they were just sought
             )->Report:            # `.ok`, `.problems`, `.warnings`
     "Check a manifest against its pictures; collects every problem."
     df = _load(manifest)
@@ -158,16 +155,18 @@ def validate(manifest,            # DataFrame, or path of a manifest CSV
     if prints is None:
         want = rows if sample is None or sample >= len(df) else np.linspace(0, len(df) - 1, sample).astype(int)
         bad = {p.where for p in paths}
-        prints, rows, problems = decode_rows(df, root, [i for i in want if not bad or _row(df, i) not in bad], progress)
+        prints, rows, problems = decode_rows(df, root, [i for i in want if not bad or row_name(df, i) not in bad], progress)
         report.problems, report.decoded = report.problems + problems, len(prints)
     report.problems += _check_hashes(df, rows, prints)
-    _check_leakage(df, rows, prints, near, report)
+    _check_leakage(df, rows, prints, near, report, pairs)
     for split, p in _missing_classes(df): (report.problems if split == 'train' else report.warnings).append(p)
+    if df['label'].isin(CLASSES).all(): report.shifts = prior_shifts(df)
+    report.warnings += _shift_warnings(report.shifts)
     return report
 
-def _check_leakage(df, rows, prints, near, report):
+def _check_leakage(df, rows, prints, near, report, pairs):
     sha = np.array(df['sha256'], object)  # a copy: the caller's table stays as it is
     sha[rows] = prints.sha256
     report.problems += _crossing(df, sha, 'the same pixels as')
     report.problems += _crossing(df, df['group'], 'of one group with')
-    report.problems += _check_near(df, rows, prints, near)
+    report.problems += _check_near(df, rows, prints, near, pairs)
