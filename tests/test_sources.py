@@ -308,3 +308,33 @@ def test_fer2013_and_ferplus_become_one_row_a_picture(tmp_path):
     assert not df['path'].duplicated().any() and set(df['source']) <= {'fer2013', 'ferplus'} and facts['n']['test'] > 0
     between = next(o for o in clean['opinions'] if {o['source_a'], o['source_b']} == {'fer2013', 'ferplus'})
     assert .25 < between['share'] < .45
+
+
+def test_pictures_without_a_face_score_nothing(tmp_path):
+    class OnlyBright: # stands in for a detector
+        def detect(self, image): return [0] if image.mean() > 128 else []
+    rng = np.random.default_rng(4)
+    for c in CLASSES:
+        for k in range(4): save(tmp_path/'d'/c/f'{k}.png', np.clip(rng.integers(40, 216, (48, 48)) + (40 if k % 2 else -40), 0, 255).astype(np.uint8))
+    curate(tmp_path/'d', tmp_path/'out', near=None, detector=OnlyBright(), test_fraction=0, val_fraction=0)
+    df = read_manifest(tmp_path/'out'/'classification_manifest.csv')
+    assert (df['quality'][df['path'].str.endswith(('0.png', '2.png'))] == 0).all() and (df['quality'][df['path'].str.endswith(('1.png', '3.png'))] > 0).all()
+    hq = read_manifest(tmp_path/'out'/'classification_manifest_hq_train.csv')
+    assert len(hq) and (hq['quality'] >= .5).all()
+
+
+def test_a_reviewers_decisions_are_applied(tmp_path):
+    from fer_core.data.review import append_decision
+    rng = np.random.default_rng(6)
+    for c in CLASSES:
+        for k in range(3): save(tmp_path/'d'/'train'/c/f'{k}.png', face(rng, 48))
+        save(tmp_path/'d'/'test'/c/'t.png', face(rng, 48))
+    curate(tmp_path/'d', tmp_path/'before', val_fraction=0)
+    df = read_manifest(tmp_path/'before'/'classification_manifest.csv').set_index('id')
+    for row, action, label in (('folder/train/sad/0.png', 'relabel', 'fear'), ('folder/train/happy/1.png', 'drop', ''), ('folder/test/sad/t.png', 'drop', '')):
+        append_decision(tmp_path/'d.jsonl', row, df.loc[row, 'sha256'], action, label, 'ann', '')
+    curate(tmp_path/'d', tmp_path/'after', val_fraction=0, decisions=tmp_path/'d.jsonl')
+    after = read_manifest(tmp_path/'after'/'classification_manifest.csv').set_index('id')
+    assert after.loc['folder/train/sad/0.png', 'label'] == 'fear' and 'folder/train/happy/1.png' not in after.index and 'folder/test/sad/t.png' in after.index
+    assert json.loads((tmp_path/'after'/'clean_report.json').read_text())['decisions']['file'] == 'd.jsonl'
+    assert 'dropped by review' in pd.read_csv(tmp_path/'after'/'dropped.csv')['reason'].tolist()

@@ -137,13 +137,19 @@ def _decide(df, prints, exact, close, group, policy, agreement):
     return df.assign(**columns), why
 
 # %% ../../nbs/data/curate.ipynb #c013
+def _whole_groups(mine, group):
+    "Rows of `mine` whose group has no row outside."
+    return np.flatnonzero(mine & ~np.isin(group, group[~mine]))
+
 def _split(df, group, val_fraction, test_fraction, seed):
-    "The split column, with test and validation cut from training where the sources have none."
-    split = df['split'].to_numpy(object).copy()
-    for k, (name, fraction) in enumerate((('test', test_fraction), ('val', val_fraction))):
-        train = np.flatnonzero(split == 'train')
-        if (split == name).any() or not fraction: continue
-        split[train[cut(df['label'].to_numpy()[train], group[train], fraction, np.random.default_rng([seed, 2 + k]))]] = name
+    "The split column: a test cut from each source that has none, then validation from all that train, if there is none."
+    split, label, source = df['split'].to_numpy(object).copy(), df['label'].to_numpy(), df['source'].to_numpy()
+    for k, s in enumerate(dict.fromkeys(source)):
+        if not test_fraction or ((source == s) & (split == 'test')).any(): continue
+        rows = _whole_groups((source == s) & (split == 'train'), group)
+        split[rows[cut(label[rows], group[rows], test_fraction, np.random.default_rng([seed, 2] if k == 0 else [seed, 2, k]))]] = 'test'
+    train = np.flatnonzero(split == 'train')
+    if val_fraction and not (split == 'val').any(): split[train[cut(label[train], group[train], val_fraction, np.random.default_rng([seed, 3]))]] = 'val'
     return split
 
 def _name_groups(df, group):
@@ -174,11 +180,11 @@ def _decoded(df, roots, out, strict, progress):
 def curate(datasets,               # folder as published, {source: folder}, or ['adapter=folder', …]
            out,                    # folder to write into
            source:str='auto',      # adapter of a single folder, or 'auto' by layout
-           val_fraction:float=.1,  # share of training rows for validation, if the sources have none
+           val_fraction:float=.1,  # share of training rows for validation, if no source has one
            seed:int=0,             # seed of the cuts
            near:int|None=NEAR,     # greatest Hamming distance of near-duplicates, 0..11; None = only exact copies
            max_rows:int|None=None, # a stratified part of each source only
-           test_fraction:float=.1, # share of rows for test, if the sources have none
+           test_fraction:float=.1, # share of rows for test, of each source that has none
            progress=None,          # called with (done, total, text)
            strict:bool=True,       # a broken record is an error; False leaves it out and lists it
            policy:str='votes',     # label of a picture with several opinions: 'votes', 'majority' or 'priority'
