@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from fer_core.artifacts import FerError
 from fer_core.data.hard import hard_samples, sample_weights, write_hard_samples
 from fer_core.data.review import Page, Review, append_decision, apply_decisions, conflicts, latest, progress, read_decisions, review_page
-from fer_core.data.sources import COLUMNS
+from fer_core.data.adapter import COLUMNS
 from fer_core.data.suspects import flag_issues, group_keys, label_scores, noise_table, out_of_fold, rank_suspects, read_suspects, write_suspects
 from fer_core.labels import CLASSES
 

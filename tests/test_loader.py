@@ -13,7 +13,7 @@ from fer_core.data.loader import Feeder, made_ahead, open_pack
 from fer_core.data.manifest import write_manifest
 from fer_core.data.preprocess import Preprocess, standardise
 from fer_core.data.samplers import Sampler, class_shares, sample_rows
-from fer_core.data.sources import COLUMNS
+from fer_core.data.adapter import COLUMNS
 from fer_core.faces.align import crop
 from fer_core.labels import CLASSES
 

@@ -189,6 +189,9 @@ def test_a_planted_leak_fails_validation_by_name(tmp_path):
     write_manifest(pd.concat([df, pd.DataFrame([leak])], ignore_index=True), tmp_path/'leaky.csv')
     report = validate(tmp_path/'leaky.csv', tmp_path/'d')
     assert [p.code for p in report.problems] == ['split_leakage'] and 'leak.jpg' in report.problems[0].where and 't.png' in report.problems[0].message
+    (tmp_path/'leaky.csv').replace(tmp_path/'out'/'classification_manifest.csv')
+    done = subprocess.run([FER, 'data', 'validate', str(tmp_path/'out')], capture_output=True, text=True, timeout=100)
+    assert done.returncode == FAILURES['split_leakage'].exit_code and 'leak.jpg' in done.stderr
 
 
 # -- what the web does -------------------------------------------------------------------------------------------------------------
