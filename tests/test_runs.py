@@ -176,3 +176,11 @@ def test_a_student_inherits_a_larger_network(curated, tmp_path):
     assert 'pretrained=FILE' in done.stderr
     weights.write_bytes(weights.read_bytes()[:200_000])
     fer(*student, '-p', f'pretrained={weights}', out=tmp_path/'cut', check=FAILURES['corrupt_artifact'].exit_code)
+
+
+def test_a_sampler_changes_the_order_and_a_wrong_one_is_named(curated, tmp_path):
+    done = fer('run', 'teacher', '-p', f'data={curated}', '-p', 'epochs=1', '-p', 'sampler=rare', *TINY, out=tmp_path/'bad', check=FAILURES['bad_parameter'].exit_code)
+    assert "'rare'" in done.stderr and 'balanced' in done.stderr
+    for how in ('none', 'balanced'): fer('run', 'teacher', '-p', f'data={curated}', '-p', 'epochs=1', '-p', f'sampler={how}', *TINY, out=tmp_path/how)
+    losses = [json.loads((only_run(tmp_path/how, 'teacher')/'history.json').read_text())[0]['train_loss'] for how in ('none', 'balanced')]
+    assert losses[0] != losses[1] and manifest(only_run(tmp_path/'balanced', 'teacher'))['parameters']['sampler'] == 'balanced'

@@ -10,7 +10,7 @@ from ..artifacts import FerError
 from ..labels import N_CLASSES
 
 # %% auto #0
-__all__ = ['WEIGHTS', 'class_shares', 'sample_rows', 'Sampler']
+__all__ = ['WEIGHTS', 'class_shares', 'sample_rows', 'Sampler', 'make_sampler']
 
 # %% ../../nbs/data/samplers.ipynb #c004
 def _sqrt(n, beta): return n**-.5
@@ -61,3 +61,9 @@ class Sampler:
 
     def __call__(self, rows, labels, seed, epoch)->np.ndarray:
         return sample_rows(rows, labels, class_shares(np.bincount(labels, minlength=N_CLASSES), self.how, self.beta), seed, epoch)
+
+def make_sampler(how:str # 'none', 'sqrt', 'balanced' or 'effective'
+                )->Sampler|None: # None = each row once
+    "The sampler that a stage's parameter names."
+    if how not in WEIGHTS: raise FerError('bad_parameter', f'sampler {how!r} is none of {", ".join(WEIGHTS)}')
+    return None if how == 'none' else Sampler(how)

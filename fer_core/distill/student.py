@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from ..artifacts import FerError, Run, parent, parent_folder, read_json
 from ..data.loader import Augment, Feeder
+from ..data.samplers import make_sampler
 from ..data.preprocess import Preprocess
 from .dkd import dkd_loss, dkd_warmup
 from .kd import kd_loss
@@ -113,7 +114,8 @@ def train_student(run:Run,            # run folder
                   loss:dict|None=None, # smoothing, class_power, T, alpha, dkd_alpha, dkd_beta, dkd_warmup, hint
                   pretrained:str='none', # 'none', 'hub' or a weights file (ce)
                   resume_from:str='', # last.ckpt of another run to continue
-                  donor:str=''        # timm name of a larger network whose weights `pretrained` holds, to be inherited (ce)
+                  donor:str='',       # timm name of a larger network whose weights `pretrained` holds, to be inherited (ce)
+                  sampler:str='none'  # rows of an epoch: 'none' = each once, or 'sqrt', 'balanced', 'effective'
                  )->tuple[dict, list]: # metrics by set, history
     "Train one phase, judge it, decide on its adoption."
     if phase not in PHASES: raise FerError('bad_parameter', f'phase {phase!r} is none of {PHASES}')
@@ -121,7 +123,8 @@ def train_student(run:Run,            # run folder
     p = {'smoothing': .1, 'class_power': 0., 'T': 2., 'alpha': .5, 'dkd_alpha': 1., 'dkd_beta': 4., 'dkd_warmup': 5, 'hint': 0.} | (loss or {})
     pack = open_data(run, data, spec)
     soft = _soft_labels(softlabels, pack, bool(p['hint'])) if phase != 'ce' else None
-    feed = Feeder(pack, device(), cfg.seed, augment) if phase == 'ce' else Feeder(pack, device(), soft.seed, soft.augment, len(soft.views))
+    view = (cfg.seed, augment) if phase == 'ce' else (soft.seed, soft.augment, len(soft.views))
+    feed = Feeder(pack, device(), *view, sampler=make_sampler(sampler))
     if phase == 'ce': model, report = start_model(match_data(config, spec, pretrained), feed, pretrained, cfg.seed, donor)
     else:
         stands = adopted_run(before)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from ..artifacts import FerError, Run, parent, sha256_file
 from ..data.loader import Augment, Feeder, Pack, open_pack
+from ..data.samplers import make_sampler
 from ..data.preprocess import Preprocess
 from ..labels import CLASSES
 from ..models.backbones import Classifier, ModelConfig, calm_residuals, load_model, load_pretrained, model_size, refit_batchnorm
@@ -94,11 +95,12 @@ def train_teacher(run:Run,             # run folder
                   margin_warmup:int=2, # epochs without margin
                   margin_ramp:int=3,   # epochs of its rise
                   flip:bool=True,      # judge with the mirror image averaged in (stated in metrics.json)
-                  resume_from:str=''   # last.ckpt of another run to continue
+                  resume_from:str='',  # last.ckpt of another run to continue
+                  sampler:str='none'   # rows of an epoch: 'none' = each once, or 'sqrt', 'balanced', 'effective'
                  )->tuple[dict, list]: # metrics by set, history
     "Train a teacher and judge it."
     pack = open_data(run, data, spec)
-    feed = Feeder(pack, device(), cfg.seed, augment)
+    feed = Feeder(pack, device(), cfg.seed, augment, sampler=make_sampler(sampler))
     model, report = start_model(match_data(config, spec, pretrained), feed, pretrained, cfg.seed)
     precision = choose_precision(cfg.precision, config.backbone, device())
     run.record(seeds={'train': cfg.seed}, reliability={'start': report, 'precision': precision, 'flip_averaged': flip}, compression=model_size(model, spec))
