@@ -404,7 +404,7 @@ def test_fer2013_leaks_as_recorded():
     pairs = near_pairs(fingerprints(pixels[:3000]), parts=False)
     mirrored = near_pairs(fingerprints([*pixels[:1500], *pixels[1500:3000, :, ::-1]]), parts=False)
     a, b = ({(i, j) for i, j in p if sha[i] != sha[j]} for p in (pairs, mirrored))
-    assert len(a & b) > 15 and len(a & b) >= .8*len(a | b)  # mirroring half of the pictures changes a verdict only at the threshold
+    assert len(a & b) > 15 and len(a & b) >= .9*len(a | b)  # mirroring half of the pictures changes a verdict only at the threshold
 
 
 def test_heavy_modules_stay_out():

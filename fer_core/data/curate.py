@@ -217,9 +217,8 @@ def curate(datasets,               # folder as published, {source: folder}, or [
     report = validate(kept, _by_row_source(kept, roots), near=near, prints=prints.take(keep), pairs=_among(near_rows, keep, len(df)))
     report.decoded = len(prints)
     _gate(report, out)
-    notes = {'source': '+'.join(roots), 'seed': seed, 'val_fraction': val_fraction, 'test_fraction': test_fraction, 'max_rows': max_rows,
-             'policy': policy, 'agreement': agreement, 'max_ratio': max_ratio, 'hold_out': hold_out, 'decisions': log,
-             'near_duplicates': {'max_hamming': near, 'min_detail_correlation': CORRELATION, 'pairs': len(near_rows), 'parts': list(PARTS), 'counts': copies, 'groups_of_several': int((np.unique(close, return_counts=True)[1] > 1).sum())}}
+    notes = {'source': '+'.join(roots), 'seed': seed, 'val_fraction': val_fraction, 'test_fraction': test_fraction, 'max_rows': max_rows, 'policy': policy, 'agreement': agreement,
+             'max_ratio': max_ratio, 'hold_out': hold_out, 'decisions': log, 'near_duplicates': _near_notes(near, near_rows, copies, close)}
     clean = _write(out, roots, read_rows, kept, pd.concat(lost, ignore_index=True), report, notes, said, problems, pairs, folds)
     shutil.rmtree(out/'.prints', ignore_errors=True)
     return {**{k: clean[k] for k in ('source', 'n', 'class_priors', 'dataset_sha256', 'dropped')}, 'class_counts': clean['after'], 'hq_train': clean['hq']['n'], 'seconds': round(time.perf_counter() - began, 2)}
@@ -235,6 +234,10 @@ def _among(pairs, keep, n):
 def _lost(df, why):
     columns = ['id', 'path', 'box', 'label', 'source', 'split', 'usage', 'group']
     return df.assign(reason=why)[why != ''][[*columns, 'reason']]
+
+def _near_notes(near, pairs, copies, close):
+    several_rows = int((np.unique(close, return_counts=True)[1] > 1).sum())
+    return {'max_hamming': near, 'min_detail_correlation': CORRELATION, 'pairs': len(pairs), 'parts': list(PARTS), 'counts': copies, 'groups_of_several': several_rows}
 
 def _settle_copies(df, prints, near, policy, agreement, pairs):
     exact, close, group, near_rows = _tie(df, prints, near)

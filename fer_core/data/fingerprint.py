@@ -169,7 +169,7 @@ def part(small:np.ndarray, # (n, 32, 32) uint8
 def _pairs(a_hash, a_thumb, u, near, correlation, mirror=False):
     "Rows i, j where a's i-th and u's j-th picture are one photo."
     found = hamming_pairs(a_hash, u.mirror if mirror else u.phash, near)
-    found = found[found[:, 0] != found[:, 1]]
+    found = found[found[:, 0] < found[:, 1]] if a_thumb is u.thumb else found[found[:, 0] != found[:, 1]]  # being one photo is mutual, being a part is not
     both = a_thumb if a_thumb is u.thumb else np.concatenate([a_thumb, u.thumb])
     shifted = found if a_thumb is u.thumb else found + [0, len(u)]
     return found[correlations(both, shifted, mirror) >= correlation]

@@ -75,7 +75,9 @@ def _pixels(text, name, row):
     if values.min() < 0 or values.max() > 255: raise FerError('undecodable_image', f'{name} row {row} has a pixel that is no number in 0..255', ROW_MEND)
     return values.astype(np.uint8).reshape(SIDE, SIDE)
 
-def n_pixels(text):
+def n_pixels(text:bytes # the pixels cell of a line
+            )->int:
+    "How many pixels a line holds."
     n = text.count(b' ') + 1
     return n if n == SIDE**2 else len(text.split())
 
