@@ -126,12 +126,14 @@ def read_weights(path # .safetensors, .pth or .pt file holding a state dict
     except Exception as e: raise FerError('corrupt_artifact', f'{path} is no readable state dict ({str(e).splitlines()[0][:120]})', 'download it again') from None
     return state.get('state_dict', state)
 
+def _to_grey(w, ours): return w.sum(1, keepdim=True) if w.ndim == 4 and (ours[1], w.shape[1]) == (1, 3) else w # grey input takes the sum of the RGB filters
+
 def match_names(ours:dict,  # state dict of the network
                 theirs:dict # state dict of a file
                )->dict:     # theirs, under our names
     "Rename the same network's tensors when they stand in the same order under other names."
-    if [t.shape for t in theirs.values()][:len(ours)] == [t.shape for t in ours.values()] and not set(ours) & set(theirs): return dict(zip(ours, theirs.values()))
-    return theirs
+    same = len(theirs) >= len(ours) and all(_to_grey(t, o.shape).shape == o.shape for t, o in zip(theirs.values(), ours.values()))
+    return dict(zip(ours, theirs.values())) if same and not set(ours) & set(theirs) else theirs
 
 def load_pretrained(net:nn.Module, # backbone
                     path           # weights file
@@ -141,8 +143,7 @@ def load_pretrained(net:nn.Module, # backbone
     theirs = match_names(ours, read_weights(path))
     for k, v in theirs.items():
         k = k.removeprefix('module.').removeprefix('backbone.')
-        if k in ours and v.ndim == 4 and ours[k].shape[1] == 1 and v.shape[1] == 3 and v.shape[0] == ours[k].shape[0]: v = v.sum(1, keepdim=True)
-        if k in ours and v.shape == ours[k].shape: state[k] = v
+        if k in ours and _to_grey(v, ours[k].shape).shape == ours[k].shape: state[k] = _to_grey(v, ours[k].shape)
     if len(state) < len(ours)/2: raise FerError('corrupt_artifact', f'{path} fits only {len(state)} of {len(ours)} tensors', 'these are weights of another backbone')
     net.load_state_dict(state, strict=False)
     return {'loaded': len(state), 'missing': [k for k in ours if k not in state], 'unexpected': [k for k in theirs if k not in state]}
