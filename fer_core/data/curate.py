@@ -10,17 +10,17 @@ from dataclasses import asdict
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..artifacts import FerError, HASHES, atomic_path, write_hashes, write_json
+from .aligned import AGREEMENT, aligned_pairs
 from .fingerprint import CORRELATION, NEAR, PARTS, components
 from .manifest import class_counts, class_priors, content_hash, split_counts, write_manifest
 from .opinions import disagreements, merge, overturned, several
 from .prints import decode_rows
 from .sources import against_published, detect_source, facts_of, read
 from .splits import cap, cut, kfold, leave_source_out, mixed_test, official_wins, subsample
-from .validate import Report, photo_pairs, validate
+from .validate import DRAWN, Report, photo_pairs, validate
 
 # %% auto #0
-__all__ = ['SHARP', 'CONTRAST', 'SIDE', 'HQ', 'SHOWN', 'parse_datasets', 'quality', 'face_found', 'count_duplicates', 'curate',
-           'copy_pairs']
+__all__ = ['SHARP', 'CONTRAST', 'SIDE', 'HQ', 'SHOWN', 'parse_datasets', 'quality', 'count_duplicates', 'curate', 'copy_pairs']
 
 # %% ../../nbs/data/curate.ipynb #c004
 def parse_datasets(datasets # folder, {source: folder}, or ['fer2013=/data/fer', 'rafdb_basic=/data/raf']
@@ -77,37 +77,38 @@ def quality(sharpness,     # (n,) variance of the Laplacian at 48x48
     score = np.minimum(1, np.asarray(sharpness)/SHARP)*np.minimum(1, np.asarray(contrast)/CONTRAST)
     return np.round(score*np.minimum(1, np.asarray(side)/SIDE)*agreement, 4)
 
-def face_found(image, # (h, w[, 3]) uint8, a crop around a face
-               detector # with `.detect(image)`, of `fer_core.faces.detect.detector`
-              )->bool: # whether it finds a face
-    "Whether a detector sees a face in a crop."
-    import cv2
-    colour = image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
-    wide = cv2.copyMakeBorder(cv2.resize(colour, (160, 160), interpolation=cv2.INTER_CUBIC), 48, 48, 48, 48, cv2.BORDER_REPLICATE)
-    return len(detector.detect(wide)) > 0
-
 # %% ../../nbs/data/curate.ipynb #c011
 def _fill(df, prints):
     "Write what the pixels say into the table."
     hexed = [f'{h:016x}' for h in prints.phash]
     voted = np.array([max(map(float, s.split())) if s else 1. for s in df['soft_label']])
-    return df.assign(sha256=prints.sha256.astype(object), phash=hexed, width=prints.size[:, 0], height=prints.size[:, 1], quality=quality(prints.sharpness, prints.contrast, prints.size.min(1), voted))
+    found = prints.face.any((1, 2)) if prints.face.shape[1] else True
+    return df.assign(sha256=prints.sha256.astype(object), phash=hexed, width=prints.size[:, 0], height=prints.size[:, 1], quality=quality(prints.sharpness, prints.contrast, prints.size.min(1), voted)*found)
 
-def _tie(df, prints, near):
-    "Keys of exact copies, near-duplicates and whole groups, row by row."
-    pairs = photo_pairs(df['source'], prints, near)
+def _other_boxes(source, prints, near, progress):
+    "Pairs of faces from one photo in two face boxes, if faces were sought; not between drawn pictures."
+    if near is None or not prints.face.shape[1]: return np.zeros((0, 2), int)
+    _, first = np.unique(prints.sha256, return_index=True)  # exact copies are found by their hash
+    rows = np.sort(first[~np.isin(np.asarray(source, str)[first], DRAWN)])
+    return rows[aligned_pairs(prints.face[rows], progress=progress)]
+
+def _tie(df, prints, near, progress):
+    "Keys of exact copies, near-duplicates and whole groups, row by row; pairs by how they were found."
+    found = {'near': photo_pairs(df['source'], prints, near), 'box': _other_boxes(df['source'], prints, near, progress)}
+    pairs = np.unique(np.concatenate(list(found.values())), axis=0)
     exact, close = components(len(df), [], [prints.sha256]), components(len(df), pairs, [prints.sha256])
-    return exact, close, components(len(df), pairs, [prints.sha256, df['group']]), pairs
+    return exact, close, components(len(df), pairs, [prints.sha256, df['group']]), found, pairs
 
 def count_duplicates(part,  # (n,) official part of each row, e.g. 'fer2013 Training'
                      exact, # (n,) key of exact copies
-                     pairs  # (k, 2) near-duplicate rows
+                     near,  # (k, 2) near-duplicate rows
+                     box=() # (k, 2) rows that show one photo in two face boxes
                     )->list: # {'kind', 'rows of', 'seen in', 'rows'}; within a part, redundant copies only
     "How many rows have a copy within their part and in other parts."
     part, out = np.asarray(part, str), []
-    linked = [(exact[i], exact[j]) for i, j in pairs]
-    near = components(len(part), np.array(linked).reshape(-1, 2), [exact.astype(str)])
-    for kind, keys in (('exact', exact), ('exact or near', near)):
+    linked = lambda pairs: components(len(part), exact[np.asarray(pairs, int).reshape(-1, 2)], [exact.astype(str)])
+    kinds = {'exact': exact, 'exact or near': linked(near)} | ({'exact, near or another face box': linked([*near, *box])} if len(box) else {})
+    for kind, keys in kinds.items():
         seen = pd.DataFrame({'part': part, 'key': keys})
         inside = seen.groupby('part')['key'].agg(lambda k: len(k) - k.nunique())
         out += [{'kind': kind, 'rows of': a, 'seen in': a, 'rows': int(n)} for a, n in inside.items()]
@@ -171,9 +172,9 @@ def _merge_files(df, roots, said, policy, agreement):
     merged, why = merge(by_origin, keys, policy, agreement) if len(roots) > 1 else (df, np.full(len(df), '', object))
     return merged.assign(source=df['source']), np.where(why == '', veto, why), pairs
 
-def _decoded(df, roots, out, strict, progress):
+def _decoded(df, roots, out, strict, progress, detector):
     "Fingerprints of all rows, the rows they belong to, problems; broken pictures are an error or a list."
-    prints, rows, problems = decode_rows(df.assign(source=df['origin']), roots, range(len(df)), progress, out/'.prints')
+    prints, rows, problems = decode_rows(df.assign(source=df['origin']), roots, range(len(df)), progress, out/'.prints', detector)
     if strict or not len(rows): _gate(Report(len(df), len(rows), problems), out)
     return prints, rows, problems
 
@@ -193,7 +194,7 @@ def curate(datasets,               # folder as published, {source: folder}, or [
            hold_out:str='',        # a source that becomes the test, whole; '' = official tests
            folds:int=0,            # k of a k-fold assignment in folds.csv; 0 = none
            decisions='',           # file of a reviewer's decisions on labels; '' = none
-           detector=None           # face detector for the quality score; None = faces are not sought
+           detector=None           # face detector: quality is 0 without a face, copies are sought in other face boxes as well; None = neither
           )->dict:                 # source, n per split, class priors, dataset_sha256, drops, seconds
     "Curate published datasets into one validated manifest."
     began, out = time.perf_counter(), Path(out)
@@ -203,9 +204,9 @@ def curate(datasets,               # folder as published, {source: folder}, or [
     read_rows, (df, why, pairs) = df, _merge_files(df, roots, said, policy, agreement)
     lost = [_lost(df, why)]
     df = df[why == ''].reset_index(drop=True)
-    prints, rows, problems = _decoded(df, roots, out, strict, progress)
+    prints, rows, problems = _decoded(df, roots, out, strict, progress, detector)
     df = _fill(df.iloc[rows].reset_index(drop=True), prints)
-    df, exact, close, group, near_rows, copies, why, pairs = _settle_copies(df, prints, near, policy, agreement, pairs)
+    df, close, group, near_rows, copies, why, pairs = _settle_copies(df, prints, near, policy, agreement, pairs, progress)
     named = df.assign(group=_name_groups(df, group))
     df, why, log = _reviewed(named, why, decisions)
     keep = np.flatnonzero(why == '')
@@ -213,12 +214,11 @@ def curate(datasets,               # folder as published, {source: folder}, or [
     kept['split'] = _split(kept, group[keep], val_fraction, test_fraction, seed)
     kept, keep, why = _rebalanced(kept, keep, why, max_ratio, hold_out)
     lost.append(_lost(df, why))
-    if detector: kept['quality'] = _with_faces(kept, roots, detector, progress)
     report = validate(kept, _by_row_source(kept, roots), near=near, prints=prints.take(keep), pairs=_among(near_rows, keep, len(df)))
     report.decoded = len(prints)
     _gate(report, out)
     notes = {'source': '+'.join(roots), 'seed': seed, 'val_fraction': val_fraction, 'test_fraction': test_fraction, 'max_rows': max_rows, 'policy': policy, 'agreement': agreement,
-             'max_ratio': max_ratio, 'hold_out': hold_out, 'decisions': log, 'near_duplicates': _near_notes(near, near_rows, copies, close)}
+             'max_ratio': max_ratio, 'hold_out': hold_out, 'decisions': log, 'near_duplicates': {**_near_notes(near, close), **copies}}
     clean = _write(out, roots, read_rows, kept, pd.concat(lost, ignore_index=True), report, notes, said, problems, pairs, folds)
     shutil.rmtree(out/'.prints', ignore_errors=True)
     return {**{k: clean[k] for k in ('source', 'n', 'class_priors', 'dataset_sha256', 'dropped')}, 'class_counts': clean['after'], 'hq_train': clean['hq']['n'], 'seconds': round(time.perf_counter() - began, 2)}
@@ -235,17 +235,19 @@ def _lost(df, why):
     columns = ['id', 'path', 'box', 'label', 'source', 'split', 'usage', 'group']
     return df.assign(reason=why)[why != ''][[*columns, 'reason']]
 
-def _near_notes(near, pairs, copies, close):
+def _near_notes(near, close):
     several_rows = int((np.unique(close, return_counts=True)[1] > 1).sum())
-    return {'max_hamming': near, 'min_detail_correlation': CORRELATION, 'pairs': len(pairs), 'parts': list(PARTS), 'counts': copies, 'groups_of_several': several_rows}
+    return {'max_hamming': near, 'min_detail_correlation': CORRELATION, 'parts': list(PARTS), 'groups_of_several': several_rows}
 
-def _settle_copies(df, prints, near, policy, agreement, pairs):
-    exact, close, group, near_rows = _tie(df, prints, near)
-    copies = count_duplicates(df['source'] + ' ' + np.where(df['usage'] != '', df['usage'], df['split']), exact, near_rows)
+def _settle_copies(df, prints, near, policy, agreement, pairs, progress):
+    exact, close, group, found, near_rows = _tie(df, prints, near, progress)
+    part = df['source'] + ' ' + np.where(df['usage'] != '', df['usage'], df['split'])
+    copies = {'pairs': len(near_rows), 'counts': count_duplicates(part, exact, **found)}
+    if prints.face.shape[1]: copies |= {'pairs_in_another_face_box': len(found['box']), 'min_agreement': AGREEMENT}
     said = disagreements(df.assign(label=df['own']), exact)
     pairs = pd.concat([pairs, said]).groupby(['source_a', 'source_b', 'label_a', 'label_b'], as_index=False)['n'].sum()
     df, why = _decide(df, prints, exact, close, group, policy, agreement)
-    return df, exact, close, group, near_rows, copies, why, pairs
+    return df, close, group, near_rows, copies, why, pairs
 
 def _reviewed(df, why, decisions):
     "A reviewer's decisions applied to the rows that stay."
@@ -270,16 +272,6 @@ def _rebalanced(kept, keep, why, max_ratio, hold_out):
         why[at[kept['id'][over != '']]] = over[over != '']
         kept = kept[over == ''].reset_index(drop=True)
     return kept, at[kept['id']].to_numpy(), why
-
-def _with_faces(kept, roots, detector, progress):
-    "Quality with a zero where the detector finds no face."
-    from fer_core.data.images import read_image
-    score = kept['quality'].to_numpy(float).copy()
-    want = np.flatnonzero((kept['split'] == 'train').to_numpy() & (score >= HQ))
-    for k, i in enumerate(want):
-        if not face_found(read_image(roots[kept['origin'].iat[i]], kept['path'].iat[i], kept['box'].iat[i]), detector): score[i] = 0.
-        if progress and not k % 64: progress(k, len(want), 'looking for faces')
-    return score
 
 # %% ../../nbs/data/curate.ipynb #c018
 SHOWN = ('synthetic',)  # sources whose pictures may be shown as they are

@@ -60,28 +60,32 @@ class Prints:
     size: np.ndarray      # (n, 2) width, height in pixels
     sharpness: np.ndarray # (n,) variance of the Laplacian at 48x48
     contrast: np.ndarray  # (n,) standard deviation of grey levels, 0..128
+    face: np.ndarray      # (n, 48, 48) uint8, the face on the template of `data.aligned`, zeros where none was found; (n, 0, 0) where none was sought
 
     def __len__(self): return len(self.sha256)
     def take(self, rows): return Prints(*(getattr(self, f)[rows] for f in self.__dataclass_fields__))
 
 # %% ../../nbs/data/fingerprint.ipynb #c011
-def _one(image):
+_UNSEEN = np.zeros((0, 0), np.uint8)
+
+def _one(image, look):
     grey = as_grey(image)
     face = grey if grey.shape == (48, 48) else cv2.resize(grey, (48, 48), interpolation=cv2.INTER_AREA)
     small = _small(grey)
     return (pixel_sha256(image), _low(small), cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA), small, image.shape[1::-1],
-            cv2.Laplacian(face, cv2.CV_32F).var(), face.std())
+            cv2.Laplacian(face, cv2.CV_32F).var(), face.std(), look(image) if look else _UNSEEN)
 
-def fingerprints(images,       # iterable of decoded pictures
-                 )->Prints:    # in the order given
+def fingerprints(images,   # iterable of decoded pictures
+                 look=None # called with a picture, gives its face on the template; None = faces are not sought
+                )->Prints: # in the order given
     "Fingerprint every picture of a stream, one in memory at a time."
-    columns = [[] for _ in range(7)]
+    columns = [[] for _ in range(8)]
     for image in images:
-        for column, value in zip(columns, _one(image)): column.append(value)
-    if not columns[0]: return Prints(np.array([], str), *np.zeros((2, 0), np.uint64), np.zeros((0, 16, 16), np.uint8), np.zeros((0, 32, 32), np.uint8), np.zeros((0, 2), int), *np.zeros((2, 0)))
-    sha, low, thumb, small, size, sharp, contrast = columns
+        for column, value in zip(columns, _one(image, look)): column.append(value)
+    if not columns[0]: return Prints(np.array([], str), *np.zeros((2, 0), np.uint64), np.zeros((0, 16, 16), np.uint8), np.zeros((0, 32, 32), np.uint8), np.zeros((0, 2), int), *np.zeros((2, 0)), np.zeros((0, 0, 0), np.uint8))
+    sha, low, thumb, small, size, sharp, contrast, face = columns
     low = np.stack(low)
-    return Prints(np.array(sha), _bits(low), _bits(low*_MIRROR), np.stack(thumb), np.stack(small), np.array(size), np.array(sharp, float), np.array(contrast, float))
+    return Prints(np.array(sha), _bits(low), _bits(low*_MIRROR), np.stack(thumb), np.stack(small), np.array(size), np.array(sharp, float), np.array(contrast, float), np.stack(face))
 
 # %% ../../nbs/data/fingerprint.ipynb #c014
 MAX_NEAR = 11  # the banded search is exact up to here

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from ..artifacts import FerError, atomic_path, sha256_bytes
 from .adapter import Problem
+from .aligned import aligned_face
 from .fingerprint import Prints, fingerprints
 from .images import inside, read_image, root_of
 
@@ -32,8 +33,8 @@ def _stat(root, path, seen):
         except (OSError, FerError): seen[root, path] = None
     return seen[root, path]
 
-def _key(columns, roots, rows, seen):
-    what = []
+def _key(columns, roots, rows, seen, detector):
+    what = [getattr(detector, 'name', type(detector).__name__)] if detector else []
     for i in rows:
         source, path, box = (c[i] for c in columns)
         root = str(root_of(roots, source))
@@ -51,7 +52,7 @@ def _load(path):
         with np.load(path, allow_pickle=False) as z: return Prints(*(z[k] for k in Prints.__dataclass_fields__)), z['good'], [Problem(*p) for p in json.loads(str(z['problems']))]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): return None
 
-def _decode(df, columns, roots, rows, tell):
+def _decode(df, columns, roots, rows, tell, detector):
     good, problems = [], []
     def stream():
         for k, i in enumerate(rows):
@@ -61,7 +62,7 @@ def _decode(df, columns, roots, rows, tell):
             good.append(k)
             yield image
             if tell and not (k + 1) % 256: tell(k + 1)
-    return fingerprints(stream()), np.array(good, int), problems
+    return fingerprints(stream(), (lambda image: aligned_face(image, detector)) if detector else None), np.array(good, int), problems
 
 def _joined(parts):
     some = [p for p in parts if len(p)] or [fingerprints([])]
@@ -71,18 +72,19 @@ def decode_rows(df:pd.DataFrame, # manifest
                 roots,           # folder of the dataset, or {source: folder}
                 rows,            # row numbers to decode
                 progress=None,   # called with (done, total, text)
-                cache=None       # folder for finished portions; None = none are stored
+                cache=None,      # folder for finished portions; None = none are stored
+               detector=None    # face detector; None = faces are not sought
                )->tuple:         # fingerprints, the row numbers they belong to, problems
     "Decode and fingerprint rows, collecting what cannot be decoded."
     rows, seen, parts, kept, problems = np.asarray(rows, int), {}, [], [], []
     columns = [df[c].astype(str).to_numpy() if c in df else np.full(len(df), '', object) for c in ('source', 'path', 'box')]
     for at in range(0, len(rows), PORTION):
         mine = rows[at:at + PORTION]
-        path = Path(cache)/f'{_key(columns, roots, mine, seen)}.npz' if cache else None
+        path = Path(cache)/f'{_key(columns, roots, mine, seen, detector)}.npz' if cache else None
         part = _load(path) if path else None
         if part is None:
             tell = (lambda k: progress(at + k, len(rows), 'decoding')) if progress else None
-            part = _decode(df, columns, roots, mine, tell)
+            part = _decode(df, columns, roots, mine, tell, detector)
             if path: _store(path, *part)
         parts.append(part[0]); kept.append(mine[part[1]]); problems += part[2]
         if progress: progress(min(at + PORTION, len(rows)), len(rows), 'decoding')
