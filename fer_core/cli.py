@@ -11,8 +11,9 @@ import typer
 from .artifacts import FAILURES, FerError, failure_code
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Out', 'report', 'data_app', 'Model', 'Detector', 'Progress', 'run', 'quickstart', 'runs', 'verify',
-           'gates', 'page', 'results', 'validate', 'hard', 'suspects', 'predict', 'demo', 'evaluate', 'bench', 'main']
+__all__ = ['app', 'Json', 'Out', 'SOURCES', 'report', 'data_app', 'Model', 'Detector', 'Progress', 'run', 'quickstart', 'runs',
+           'verify', 'gates', 'page', 'results', 'validate', 'hard', 'suspects', 'predict', 'demo', 'evaluate', 'bench',
+           'main']
 
 # %% ../nbs/cli.ipynb #c003
 app = typer.Typer(help='Facial expression recognition: from raw datasets to a calibrated student that runs live.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -87,6 +88,8 @@ def _report_run(done, as_json):
     if m.metrics: print(metrics_table(done).to_string(float_format=lambda v: f'{v:.4f}'))
 
 # %% ../nbs/cli.ipynb #c009
+SOURCES = ('fer2013', 'fer2013_private', 'ferplus', 'rafdb_basic', 'rafdb_compound', 'rafml', 'affectnet', 'expw', 'csv', 'folder', 'synthetic')  # keys of `data.sources.ADAPTERS`, which takes too long to import for --help
+
 def _plan_change(data, source, given):
     "Parameters that the command line sets over the plan's."
     where = ({} if data is None else {'data': str(data)}) | ({} if source == 'auto' else {'source': source})
@@ -98,8 +101,8 @@ def _plan_change(data, source, given):
     return change
 
 @app.command()
-def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as downloaded: FER2013, FERPlus, class folders; default: procedural faces')] = None,
-               source:Annotated[str, typer.Option(help="adapter for --data: 'auto', 'fer2013', 'fer2013_private', 'ferplus', 'folder' or 'synthetic'")] = 'auto',
+def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as downloaded, in the layout its authors publish; default: procedural faces')] = None,
+               source:Annotated[str, typer.Option(help=f"adapter for --data: 'auto', {', '.join(repr(s) for s in SOURCES[:-1])} or {SOURCES[-1]!r}")] = 'auto',
                plan:Annotated[Optional[Path], typer.Option(help='plan to run (default: papermill_runs/quickstart.yaml)')] = None,
                given:Annotated[Optional[list[str]], typer.Option('--set', help="step.parameter=value over the plan's; repeatable")] = None,
                out:Out = None,
@@ -288,5 +291,5 @@ def main():
         _exit(code, f'{type(e).__name__}: {e}: {FAILURES[code].mend}; FER_CORE_DEBUG=1 shows the traceback [{code}]')
 
 def _exit(code, line):
-    print(f'fer: {line}', file=sys.stderr)
+    print('fer: ' + ''.join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr)  # a file's name may hold line ends and worse
     sys.exit(FAILURES[code].exit_code)

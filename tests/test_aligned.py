@@ -1,8 +1,8 @@
 "Copies of one photo in another face box: planted ones through curation, recorded ones of two real datasets."
-import csv, io, json, os, zipfile
+import json, os, zipfile
 from pathlib import Path
 import cv2, numpy as np, pandas as pd, pytest
-from fer_core.data.aligned import AGREEMENT, SIDE, aligned_face, aligned_pairs, agreement, describe, neighbours
+from fer_core.data.aligned import AGREEMENT, SIDE, aligned_face, aligned_pairs, agreement, neighbours
 from fer_core.data.curate import curate
 from fer_core.data.manifest import read_manifest
 from fer_core.data.prints import decode_rows

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from fer_core.artifacts import FerError, sha256_file
 from fer_core.compat import mend_torchvision
 from fer_core.data import pack as pack_module
-from fer_core.data.augment import Augment, Mix, augment_batch, draw_mix, draw_views, mix_batch, mix_plan
+from fer_core.data.augment import Augment, Mix, Mixed, augment_batch, draw_mix, draw_views, mix_batch, mix_plan
 from fer_core.data.loader import Feeder, made_ahead, open_pack
 from fer_core.data.manifest import write_manifest
 from fer_core.data.preprocess import Preprocess, standardise
@@ -271,12 +271,47 @@ def test_on_the_fly_is_what_a_pack_would_hold(data, colour):
 
 # -- batches -----------------------------------------------------------------------------------------------------------------
 
+def assert_same_batches(one, other, rows, epoch, view):
+    n = 0
+    for a, b in zip(one.batches(rows, 32, epoch, view), other.batches(rows, 32, epoch, view), strict=True):
+        parts = zip(a[1], b[1], strict=True) if isinstance(a[1], Mixed) else [(a[1], b[1])]
+        assert type(a[1]) is type(b[1]) and torch.equal(a[0], b[0]) and all(torch.equal(p, q) for p, q in parts) and np.array_equal(a[2], b[2])
+        n += len(a[2])
+    assert n >= len(rows) - 1
+
+
 @pytest.mark.parametrize('options', [{}, {'augment': Augment()}, {'augment': Augment(), 'sampler': Sampler('sqrt'), 'mix': Mix(mixup=.2, cutmix=1.)}])
 def test_a_thread_changes_no_bit_and_no_order(whole, options):
     rows, plain, ahead = whole.rows('train'), Feeder(whole, seed=5, **options), Feeder(whole, seed=5, prefetch=3, **options)
-    for epoch, view in ((None, None), (None, 1), (2, 2)):
-        pairs = zip(plain.batches(rows, 32, epoch, view), ahead.batches(rows, 32, epoch, view), strict=True)
-        assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and np.array_equal(a[2], b[2]) for a, b in pairs)
+    for epoch, view in ((None, None), (None, 1), (2, 2)): assert_same_batches(plain, ahead, rows, epoch, view)
+
+
+@pytest.mark.parametrize('options', [{}, {'augment': Augment()}, {'augment': Augment(), 'sampler': Sampler('sqrt'), 'mix': Mix(mixup=.2, cutmix=1.)}, {'augment': Augment(), 'views': 2, 'prefetch': 2}])
+def test_pixels_in_device_memory_give_the_same_batches(data, whole, options):
+    rows, fly = whole.rows('train'), open_pack(data, Preprocess(size=24, clahe=0)).under(SPEC)
+    for pack in (whole, fly):
+        resident, streamed = Feeder(pack, seed=5, resident=True, **options), Feeder(whole, seed=5, resident=False, **options)
+        assert resident.pixels.shape == whole.pixels.shape and streamed.pixels is None
+        for epoch, view in ((None, None), (None, 1), (2, 2)): assert_same_batches(resident, streamed, rows, epoch, view)
+
+
+def test_pixels_go_to_a_gpu_if_they_leave_half_of_it(whole, monkeypatch):
+    from fer_core.data.loader import _fits
+    need, gpu = whole.pixels.size, torch.device('cuda')
+    for free, fits in ((2*need - 2, False), (2*need, False), (2*need + 2, True)):
+        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free, 10*free))
+        assert _fits(whole, gpu) == fits
+    assert not _fits(whole, torch.device('cpu')) and Feeder(whole).pixels is None
+
+
+@pytest.mark.parametrize('resident', [True, False])
+def test_every_step_of_a_batch_is_on_the_device(whole, resident): # `meta` computes nothing and, like a GPU, refuses to mix devices
+    with pytest.raises(RuntimeError, match='device'): torch.zeros(3, device='meta') + torch.zeros(3)
+    feed, rows = Feeder(whole, 'meta', seed=5, augment=Augment(), mix=Mix(mixup=.2, cutmix=1.), resident=resident), whole.rows('train')
+    shapes = [(x.shape, r) for x, _, r in Feeder(whole, seed=5, augment=Augment()).batches(rows, 32, 0, 0)]
+    for (x, y, r), (shape, want) in zip(feed.batches(rows, 32, 0, 0), shapes, strict=True):
+        assert {x.device.type, *(part.device.type for part in y)} == {'meta'} and x.shape == shape and np.array_equal(r, want)
+    assert (feed.pixels is not None) == resident and all(y.device.type == 'meta' for _, y, _ in feed.batches(rows, 32))
 
 
 def test_a_thread_is_left_behind_by_nobody(whole):

@@ -4,27 +4,39 @@
 
 # %% ../../nbs/data/adapter.ipynb #c002
 from __future__ import annotations
-import csv, io
+import csv, os, re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..artifacts import FerError
-from .images import inside
+from ..artifacts import FAILURES, FerError, patch_to
+from .images import regular_file
 from ..labels import CLASSES, to_class
 
 # %% auto #0
-__all__ = ['COLUMNS', 'Problem', 'Found', 'soft_label', 'text_of', 'lines_of', 'rows_of', 'first_folder', 'first_file', 'Files']
+__all__ = ['COLUMNS', 'MENDS', 'Problem', 'Found', 'soft_label', 'held', 'text_of', 'lines_of', 'rows_of', 'box_of',
+           'first_folder', 'first_file', 'Files']
 
 # %% ../../nbs/data/adapter.ipynb #c004
 COLUMNS = ('id', 'path', 'label', 'source', 'split', 'usage', 'sha256', 'phash', 'width', 'height', 'box', 'soft_label', 'quality', 'group')
 
+MENDS = {'missing_file': 'restore the file, or drop its row', 'bad_parameter': 'correct or drop the row'}  # code -> what mends it in a dataset, where that is not what `FAILURES` says
+
 @dataclass(frozen=True)
 class Problem:
     "One thing wrong with a dataset or a manifest."
-    code: str    # a key of `artifacts.FAILURES`
-    where: str   # 'fer2013.csv row 17', 'row 17 (fer2013/000015)', or a split
-    message: str # what is wrong
+    code: str      # a key of `artifacts.FAILURES`
+    where: str     # 'fer2013.csv row 17', 'row 17 (fer2013/000015)', or a split
+    message: str   # what is wrong
+    mend: str = '' # what to do about it; '' = what usually mends it
+
+    def cure(self)->str:
+        "What to do about it."
+        return self.mend or MENDS.get(self.code) or FAILURES[self.code].mend
+
+    def to_dict(self)->dict:
+        "The problem as JSON-like data, with its mend."
+        return {'code': self.code, 'where': self.where, 'message': self.message, 'mend': self.cure()}
 
 @dataclass
 class Found:
@@ -34,35 +46,51 @@ class Found:
     dropped: Counter = field(default_factory=Counter)    # reason -> n
     problems: list = field(default_factory=list)         # of `Problem`
     vetoed: dict = field(default_factory=dict)           # path of a picture that annotators refused -> why
+    left: list = field(default_factory=list)             # (where, reason) of every drop
+    records: int = 0                                     # met so far
+    _first: dict = field(default_factory=dict)           # id -> number of its row
 
-    def add(self, name:str, **columns): # id within the source; manifest columns
+    def add(self, name:str, at:str='', **columns): # id within the source; file and line; manifest columns
         "A usable record."
-        self.rows.append({'id': f'{self.source}/{name}', 'source': self.source, **columns})
+        id = f'{self.source}/{name}'
+        if id in self._first: return self._again(id, at, columns)
+        self._first[id] = len(self.rows)
+        self.rows.append({'id': id, 'source': self.source, 'at': at or columns.get('path', ''), **columns})
 
-    def drop(self, why:str, path:str=''): # reason; path of a picture that other sources must not use either
+    def _again(self, id, at, columns):
+        first = self.rows[self._first[id]]
+        other = next((k for k, v in columns.items() if first.get(k) != v), None)
+        if other is None: return self.drop('the same record again', at)
+        self.bad('duplicate_id', at, f'{id} is {first["at"]} too, with {other} {str(first.get(other))!r} there and {str(columns[other])!r} here')
+
+    def drop(self, why:str, at:str='', path:str=''): # reason; file and line; path of a picture that other sources must not use either
         "A record that the seven-class task does not use."
         self.dropped[why] += 1
+        self.left.append((at or path, why))
         if path: self.vetoed[path] = why
 
     def bad(self, code:str, where:str, message:str): # as `Problem`
         "A broken record."
         self.problems.append(Problem(code, where, message))
 
-    def label(self, table:str, raw, where:str, names:dict|None=None)->str|None: # canonical class; None after a problem or a drop
-        "A published label as a class; what it cannot be is booked."
-        try: label = to_class(table, raw)
-        except KeyError: return self.bad('unknown_label', where, f'label {str(raw)!r} is none that {table} defines')
-        return label or self.drop(f'label {(names or {}).get(str(raw), raw)}')
+# %% ../../nbs/data/adapter.ipynb #c004b
+@patch_to(Found)
+def label(self, table:str, raw, where:str, names:dict|None=None)->str|None: # canonical class; None after a problem or a drop
+    "A published label as a class; what it cannot be is booked."
+    try: label = to_class(table, raw)
+    except KeyError: return self.bad('unknown_label', where, f'label {str(raw)!r} is none that {table} defines')
+    return label or self.drop(f'label {(names or {}).get(str(raw), raw)}', where)
 
-    def table(self)->pd.DataFrame: # manifest columns; `.attrs` has dropped, problems, vetoed
-        "The rows as a table; what is unknown yet is '', 0 or NaN."
-        if not self.rows and not self.problems: raise FerError('missing_file', f'{self.source}: no usable rows (dropped: {dict(self.dropped) or "none found"})', "check that this is the dataset's own folder")
-        df = pd.DataFrame(self.rows, columns=None if self.rows else list(COLUMNS))
-        for c in COLUMNS:
-            if c not in df: df[c] = 0 if c in ('width', 'height') else np.nan if c == 'quality' else ''
-        df = df[list(COLUMNS)].fillna({c: '' for c in COLUMNS if c not in ('width', 'height', 'quality')})
-        df.attrs |= {'dropped': dict(sorted(self.dropped.items())), 'problems': self.problems, 'vetoed': self.vetoed}
-        return df
+@patch_to(Found)
+def table(self)->pd.DataFrame: # manifest columns and `at`; `.attrs` has dropped, problems, vetoed, left, records
+    "The rows as a table; what is unknown yet is '', 0 or NaN."
+    if not self.rows and not self.problems: raise FerError('missing_file', f'{self.source}: no usable rows (dropped: {dict(self.dropped) or "none found"})', "check that this is the dataset's own folder")
+    df = pd.DataFrame(self.rows, columns=None if self.rows else [*COLUMNS, 'at'])
+    for c in COLUMNS:
+        if c not in df: df[c] = 0 if c in ('width', 'height') else np.nan if c == 'quality' else ''
+    df = df[[*COLUMNS, 'at']].fillna({c: '' for c in COLUMNS if c not in ('width', 'height', 'quality')})
+    df.attrs |= {'dropped': dict(sorted(self.dropped.items())), 'problems': self.problems, 'vetoed': self.vetoed, 'left': self.left, 'records': self.records}
+    return df
 
 # %% ../../nbs/data/adapter.ipynb #c007
 def soft_label(weights:dict # class -> weight, at least 0
@@ -72,28 +100,45 @@ def soft_label(weights:dict # class -> weight, at least 0
     return ' '.join(f'{p:.6g}' for p in w/w.sum()) if w.sum() > 0 else ''
 
 # %% ../../nbs/data/adapter.ipynb #c010
+def held(root,     # folder
+         n:int=6   # names shown
+        )->str:    # 'a.csv, pictures/ and 3 more', or 'nothing'
+    "What a folder holds, for messages."
+    try: there = sorted(p.name + '/'*p.is_dir() for p in Path(root).iterdir())
+    except OSError as e: return f'nothing that may be read ({e.strerror.lower()})'
+    return ', '.join(there[:n]) + (f' and {len(there) - n:,} more' if len(there) > n else '') or 'nothing'
+
 def text_of(root, # folder of the dataset
             name:str # file in it
            )->str: # its text, line ends and byte order mark removed
     "A text file of a dataset."
-    path = inside(root, name)
-    if not path.is_file(): raise FerError('missing_file', f'{name} is not in {root}', 'unpack the whole archive')
+    try: path = regular_file(root, name)
+    except FerError as e:
+        if 'is not there' not in e.what: raise
+        raise FerError('missing_file', f'{name} is not in {root}. It holds {held(root)}', 'unpack the whole archive') from None
     data = path.read_bytes()
-    if not data.strip(): raise FerError('missing_file', f'{path} is empty', 'download it again')
+    if not data.strip(): raise FerError('missing_file', f'{Path(root)/name} is empty', 'download it again')
     for encoding in ('utf-8-sig', 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig', 'latin-1'):
         try: return data.decode(encoding).replace('\r\n', '\n').replace('\r', '\n')
         except UnicodeDecodeError: continue
 
+def _cells(line, mark, **kw):
+    "The cells of one line; none if it is no line of a table."
+    try: return next(csv.reader([line], delimiter=mark, **kw), [])
+    except csv.Error: return []
+
 def lines_of(root, name:str, # as above
-             cells:int,      # cells a line must have at least
-             found:Found     # book for the lines that have fewer
+             cells:int,      # cells a line must have
+             found:Found     # book for the lines that have not
             ): # yields (line number from 1, cells)
-    "Cells of a list without header, blanks between them; quoted names keep theirs."
+    "Cells of a list without header, blanks between them; a name may hold blanks, or be quoted."
     for k, line in enumerate(text_of(root, name).split('\n'), 1):
         if not line.strip(): continue
-        row = line.split() if '"' not in line else next(csv.reader([line.replace('\t', ' ')], delimiter=' ', skipinitialspace=True))
-        if len(row) > cells and '"' not in line: row = [' '.join(row[:len(row) - cells + 1]), *row[len(row) - cells + 1:]]  # a name with blanks
-        if len(row) < cells: found.bad('unknown_label', f'{name} row {k}', f'{len(row)} of {cells} cells')
+        found.records += 1
+        quoted = re.search(r'(^|\s)"', line)
+        row = _cells(line.replace('\t', ' '), ' ', skipinitialspace=True) if quoted else line.split()
+        if len(row) > cells and not quoted: row = [' '.join(row[:len(row) - cells + 1]), *row[len(row) - cells + 1:]]  # a name with blanks
+        if len(row) != cells: found.bad('unknown_label', f'{name} row {k}', f'{len(row)} of {cells} cells')
         else: yield k, row
 
 def rows_of(root, name:str, # as above
@@ -101,14 +146,28 @@ def rows_of(root, name:str, # as above
             found:Found     # book for broken lines
            ): # yields (line number from 1, {column in lower case: cell})
     "Rows of a CSV with a header."
-    table = csv.reader(io.StringIO(text_of(root, name)))
-    columns = [c.strip().lower() for c in next(table)]
-    lost = [c for c in need if c.lower() not in columns]
-    if lost: raise FerError('unknown_label', f'{name} row 1 lacks the columns {", ".join(lost)} (it has {", ".join(columns)})', 'restore the header')
-    for row in table:
-        if not any(c.strip() for c in row): continue
-        if len(row) != len(columns): found.bad('unknown_label', f'{name} row {table.line_num}', f'{len(row)} of {len(columns)} cells')
-        else: yield table.line_num, dict(zip(columns, (c.strip() for c in row)))
+    header, *lines = text_of(root, name).split('\n')
+    mark = max(',;\t', key=header.count)
+    columns = [c.strip().lower() for c in _cells(header, mark)]
+    lost, twice = ([c for c in need if test(columns.count(c.lower()))] for test in (lambda n: n == 0, lambda n: n > 1))
+    if lost or twice: raise FerError('unknown_label', f'{name} row 1 ' + (f'lacks the columns {", ".join(lost)}' if lost else f'names the columns {", ".join(twice)} twice') + f' (it has {", ".join(columns)})', 'restore the header')
+    for k, line in enumerate(lines, 2):
+        if not line.strip(mark + ' '): continue
+        found.records += 1
+        row = _cells(line, mark)
+        if len(row) != len(columns): found.bad('unknown_label', f'{name} row {k}', f'{len(row)} of {len(columns)} cells')
+        else: yield k, dict(zip(columns, (c.strip() for c in row)))
+
+# %% ../../nbs/data/adapter.ipynb #c011c
+def box_of(values,      # x, y, w, h: numbers, or text of numbers
+           where:str,   # file and line
+           found:Found  # book
+          )->str|None:  # 'x y w h' in whole pixels; None after a problem
+    "A face box as a manifest writes it."
+    try:
+        if all(abs(float(v)) < 1e6 for v in values): return ' '.join(str(round(float(v))) for v in values)  # neither NaN nor infinity is
+    except ValueError: pass
+    return found.bad('bad_parameter', where, f'face box {", ".join(map(str, values))} is not four numbers of pixels')
 
 # %% ../../nbs/data/adapter.ipynb #c013
 def first_folder(root, # folder of the dataset
@@ -124,16 +183,25 @@ def first_file(root, # folder of the dataset
     return next((n for n in names if (Path(root)/n).is_file()), None)
 
 class Files:
-    "The files of one folder, found by name whatever the case of their extension."
+    "Files found by name whatever the case of their extension."
     def __init__(self, root, # folder of the dataset
-                 folder=''): # relative folder
-        self.folder, top = folder, Path(root)/folder
-        self.names = {self._key(p.name): p.name for p in sorted(top.iterdir())} if top.is_dir() else {}
+                 folder=''): # relative folder that names are relative to
+        self.root, self.folder, self.seen = Path(root), folder, {}
+
+    def _names(self, folder): # exact name or name with its extension in lower case -> name
+        names = sorted(os.listdir(self.root/folder)) if (self.root/folder).is_dir() else []
+        return {self._key(n): n for n in names} | {n: n for n in names}
 
     @staticmethod
     def _key(name): stem, dot, ext = name.rpartition('.'); return f'{stem}.{ext.lower()}' if dot else name
 
-    def path(self, name:str # file name as a list states it
+    def path(self, name:str # file as a list states it
             )->str:         # path relative to the root; of a file that is not there, the path it should have
         "Where a named file is."
-        return '/'.join(filter(None, (self.folder, self.names.get(self._key(name), name))))
+        if os.path.isabs(name) or '..' in Path(name).parts: return name  # refused when it is opened
+        folder, _, file = '/'.join(filter(None, (self.folder, name))).rpartition('/')
+        if folder not in self.seen:
+            try: self.seen[folder] = self._names(folder)
+            except (OSError, ValueError): self.seen[folder] = {}  # the path itself says so when it is opened
+        names = self.seen[folder]
+        return '/'.join(filter(None, (folder, names.get(file) or names.get(self._key(file), file))))

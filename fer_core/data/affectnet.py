@@ -4,11 +4,13 @@
 
 # %% ../../nbs/data/affectnet.ipynb #c002
 from __future__ import annotations
-import os
+import io, os
 from pathlib import Path
+from tokenize import TokenError
 import numpy as np, pandas as pd
 from ..artifacts import FerError
-from .adapter import Files, Found, first_file, first_folder, rows_of
+from .adapter import Files, Found, box_of, first_file, first_folder, held, rows_of
+from .images import regular_file
 
 # %% auto #0
 __all__ = ['NOT_ONE_OF_SEVEN', 'read_affectnet']
@@ -24,38 +26,49 @@ def _join(*parts): return '/'.join(p for p in parts if p)
 
 def _read_tables(root):
     found, lists = Found('affectnet'), {part: first_file(root, *(_join(d, part) for d in _LISTS)) for part in _PARTS}
-    folder = first_folder(root, *_IMAGES)
+    files = Files(root, first_folder(root, *_IMAGES))
     for part, name in lists.items():
         if name is None: continue
         for k, row in rows_of(root, name, ('subDirectory_filePath', *_BOX, 'expression'), found):
-            where, path = f'{name} row {k}', _join(folder, row['subdirectory_filepath'])
+            where, path = f'{name} row {k}', row['subdirectory_filepath']
+            if not path: found.bad('missing_file', where, 'the path is empty'); continue
             label = found.label('affectnet', row['expression'], where, NOT_ONE_OF_SEVEN)
-            if not label: continue
-            try: box = ' '.join(str(int(float(row[c]))) for c in _BOX)
-            except ValueError: found.bad('bad_parameter', where, f'face box {[row[c] for c in _BOX]} is not four numbers'); continue
-            found.add(_join(row['subdirectory_filepath']), path=path, label=label, split=_PARTS[part], usage=part[:-4], box=box)
+            box = label and box_of([row[c] for c in _BOX], where, found)
+            if box: found.add(path, where, path=files.path(path), label=label, split=_PARTS[part], usage=part[:-4], box=box)
     return found.table()
 
 # %% ../../nbs/data/affectnet.ipynb #c006
 _SETS = {'train_set': 'train', 'val_set': 'test'}
 
-def _expression(path):
-    "The scalar of one annotation file, as text."
-    try: return str(np.load(path, allow_pickle=False).item())
-    except (ValueError, OSError, EOFError): return None
+def _expression(root, path):
+    "The scalar of one annotation file, as text; None if it holds none. Nothing is ever unpickled."
+    with open(regular_file(root, path), 'rb') as f: data = f.read(4097)
+    if len(data) > 4096 or not data.startswith(b'\x93NUMPY'): return None
+    try: return str(np.load(io.BytesIO(data), allow_pickle=False).item())
+    except (ValueError, OSError, EOFError, SyntaxError, TokenError, MemoryError): return None
+
+def _add_annotation(found, root, files, part, split, number):
+    where = f'{part}/annotations/{number}_exp.npy'
+    found.records += 1
+    try: raw = _expression(root, where)
+    except FerError as e: return found.bad(e.code, where, e.what)
+    if raw is None: return found.bad('unknown_label', where, 'the annotation is no number (a truncated file?)')
+    if label := found.label('affectnet', raw, where, NOT_ONE_OF_SEVEN): found.add(f'{part}/{number}', where, path=files.path(f'{number}.jpg'), label=label, split=split, usage=part)
 
 def _read_npy(root):
     found = Found('affectnet')
     for part, split in _SETS.items():
         top = Path(root)/part
         if not top.is_dir(): continue
-        files, notes = Files(root, f'{part}/images'), top/'annotations'
+        notes, pictures = top/'annotations', top/'images'
         if not notes.is_dir(): raise FerError('missing_file', f'{notes} is not there', 'unpack the annotations beside images')
-        for name in sorted(e.name for e in os.scandir(notes) if e.name.endswith('_exp.npy')):
-            where, number = f'{part}/annotations/{name}', name[:-len('_exp.npy')]
-            raw = _expression(notes/name)
-            if raw is None: found.bad('unknown_label', where, 'the annotation is no number (a truncated file?)'); continue
-            if label := found.label('affectnet', raw, where, NOT_ONE_OF_SEVEN): found.add(f'{part}/{number}', path=files.path(f'{number}.jpg'), label=label, split=split, usage=part)
+        numbers = sorted(n[:-len('_exp.npy')] for n in os.listdir(notes) if n.endswith('_exp.npy'))
+        files, seen = Files(root, f'{part}/images'), set(numbers)
+        for number in numbers: _add_annotation(found, root, files, part, split, number)
+        for name in sorted(os.listdir(pictures)) if pictures.is_dir() else ():
+            if name.startswith('.') or name.rpartition('.')[0] in seen: continue
+            found.records += 1
+            found.bad('missing_file', f'{part}/images/{name}', 'the picture has no annotation')
     return found.table()
 
 def read_affectnet(root # folder with training.csv, or with train_set and val_set
@@ -63,4 +76,4 @@ def read_affectnet(root # folder with training.csv, or with train_set and val_se
     "AffectNet's manual annotations in either published form."
     if any((Path(root)/s).is_dir() for s in _SETS): return _read_npy(root)
     if first_file(root, *(_join(d, p) for d in _LISTS for p in _PARTS)): return _read_tables(root)
-    raise FerError('missing_file', f'{root} has neither training.csv nor train_set', 'point at the folder that holds Manually_Annotated_file_lists, or train_set and val_set')
+    raise FerError('missing_file', f'{root} has neither training.csv nor train_set. It holds {held(root)}', 'point at the folder that holds Manually_Annotated_file_lists, or train_set and val_set')

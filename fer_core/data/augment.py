@@ -4,14 +4,17 @@
 
 # %% ../../nbs/data/augment.ipynb #c002
 from __future__ import annotations
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 import numpy as np, torch
 import torch.nn.functional as F
 from ..artifacts import FerError
 from ..labels import N_CLASSES
 
 # %% auto #0
-__all__ = ['Augment', 'draw_views', 'augment_batch', 'Mix', 'draw_mix', 'mix_plan', 'mix_batch']
+__all__ = ['Augment', 'draw_views', 'augment_batch', 'Mix', 'make_mix', 'draw_mix', 'mix_plan', 'Mixed', 'mix_pictures',
+           'mix_batch']
 
 # %% ../../nbs/data/augment.ipynb #c004
 @dataclass(frozen=True)
@@ -69,7 +72,15 @@ class Mix:
     switch: float = .5 # probability of CutMix where both are wanted
 
     def __post_init__(self):
-        if min(self.mixup, self.cutmix) < 0 or max(self.mixup, self.cutmix) == 0: raise FerError('bad_parameter', f'{self} mixes nothing', 'give a positive α to mixup, cutmix or both; or no Mix at all')
+        for name, alpha in (('mixup', self.mixup), ('cutmix', self.cutmix)):
+            if not (math.isfinite(alpha) and alpha >= 0): raise FerError('bad_parameter', f'{name}={alpha} is no α of a Beta distribution', 'give a positive number, e.g. mixup=0.2 or cutmix=1.0; 0 = off')
+        if max(self.mixup, self.cutmix) == 0: raise FerError('bad_parameter', f'{self} mixes nothing', 'give a positive α to mixup, cutmix or both; or no Mix at all')
+
+def make_mix(mixup:float, # α of MixUp, 0 = off
+             cutmix:float # α of CutMix, 0 = off
+            )->Mix|None:  # None = both are off
+    "The mixing that a stage's parameters name."
+    return Mix(mixup, cutmix) if mixup or cutmix else None
 
 def draw_mix(n:int,    # rows of the pack
              seed:int, # run seed
@@ -96,15 +107,34 @@ def mix_plan(u,        # (b, 5) rows of `draw_mix`
     return lam, cut, np.stack([low[0], high[0], low[1], high[1]], 1)
 
 # %% ../../nbs/data/augment.ipynb #c015
+class Mixed(NamedTuple):
+    "Targets of mixed pictures: two labels each, and the share of the first."
+    first: torch.Tensor  # (b,) class ids of the pictures
+    second: torch.Tensor # (b,) class ids of their partners
+    share: torch.Tensor  # (b,) λ in 0..1, float32
+
+    def probs(self)->torch.Tensor: # (b, 7) float32, rows sum to 1
+        "The targets as probabilities."
+        first, second = (F.one_hot(y, N_CLASSES).to(torch.float32) for y in (self.first, self.second))
+        return first*self.share[:, None] + second*(1 - self.share[:, None])
+
+def mix_pictures(x:torch.Tensor, # (b, channels, h, w) normalised, augmented input
+                 u,              # (b, 5) rows of `draw_mix`
+                 mix:Mix         # strengths
+                )->tuple:        # mixed input, (b,) float32 λ: the share of each picture that is its own
+    "Mix a batch with itself in reverse order, by MixUp or CutMix."
+    lam, cut, box = (torch.from_numpy(a).to(x.device) for a in mix_plan(u, mix, x.shape[-2:]))
+    lam, rows, cols = lam.to(torch.float32), torch.arange(x.shape[-2], device=x.device), torch.arange(x.shape[-1], device=x.device)
+    inside = ((rows >= box[:, :1]) & (rows < box[:, 1:2]))[:, None, :, None] & ((cols >= box[:, 2:3]) & (cols < box[:, 3:]))[:, None, None, :]
+    keep = torch.where(cut[:, None, None, None], (~inside).to(x.dtype), lam.to(x.dtype)[:, None, None, None])
+    return x*keep + x.flip(0)*(1 - keep), lam
+
 def mix_batch(x:torch.Tensor, # (b, channels, h, w) normalised, augmented input
               y:torch.Tensor, # (b,) class ids, or (b, 7) probabilities
               u,              # (b, 5) rows of `draw_mix`
               mix:Mix         # strengths
              )->tuple:        # mixed input, (b, 7) float32 targets
-    "Mix a batch with itself in reverse order, by MixUp or CutMix."
-    lam, cut, box = (torch.from_numpy(a).to(x.device) for a in mix_plan(u, mix, x.shape[-2:]))
-    lam, rows, cols = lam.to(torch.float32)[:, None], torch.arange(x.shape[-2], device=x.device), torch.arange(x.shape[-1], device=x.device)
-    inside = ((rows >= box[:, :1]) & (rows < box[:, 1:2]))[:, None, :, None] & ((cols >= box[:, 2:3]) & (cols < box[:, 3:]))[:, None, None, :]
-    keep = torch.where(cut[:, None, None, None], (~inside).to(x.dtype), lam.to(x.dtype)[..., None, None])
+    "Mixed pictures with their targets as probabilities."
+    x, lam = mix_pictures(x, u, mix)
     soft = F.one_hot(y, N_CLASSES).to(torch.float32) if y.ndim == 1 else y.to(torch.float32)
-    return x*keep + x.flip(0)*(1 - keep), soft*lam + soft.flip(0)*(1 - lam)
+    return x, soft*lam[:, None] + soft.flip(0)*(1 - lam[:, None])

@@ -6,18 +6,19 @@
 from __future__ import annotations
 import os, shutil, time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..artifacts import FerError, HASHES, atomic_path, write_hashes, write_json
-from .aligned import AGREEMENT, aligned_pairs
-from .fingerprint import CORRELATION, NEAR, PARTS, components
+from .aligned import AGREEMENT
+from .fingerprint import CORRELATION, MAX_NEAR, NEAR, PARTS, components
+from .images import converted
 from .manifest import class_counts, class_priors, content_hash, split_counts, write_manifest
-from .opinions import disagreements, merge, overturned, several
+from .opinions import POLICIES, disagreements, merge, overturned, several
 from .prints import decode_rows
-from .sources import against_published, detect_source, facts_of, read
+from .sources import against_published, detect_source, facts_of, pictures_there, read
 from .splits import cap, cut, kfold, leave_source_out, mixed_test, official_wins, subsample
-from .validate import DRAWN, Report, photo_pairs, validate
+from .validate import DRAWN, Report, box_pairs, photo_pairs, traced, validate
 
 # %% auto #0
 __all__ = ['SHARP', 'CONTRAST', 'SIDE', 'HQ', 'SHOWN', 'parse_datasets', 'quality', 'count_duplicates', 'curate', 'copy_pairs']
@@ -33,26 +34,36 @@ def parse_datasets(datasets # folder, {source: folder}, or ['fer2013=/data/fer',
         if not eq: source, folder = 'auto', source
         if not Path(folder).is_dir(): raise FerError('missing_file', f'{folder or "the dataset"} is not a folder', 'give datasets as adapter=folder')
         source = detect_source(folder) if source == 'auto' else source
-        if source in out: raise FerError('bad_parameter', f'{source} is given twice', 'name each adapter once; two private tables get a "source" name of their own in columns.json')
+        if source in out: raise FerError('bad_parameter', f'{source} is given twice', 'name each adapter once; a second private dataset can be described in a columns.json and given as csv=folder')
         out[source] = folder
+    if not out: raise FerError('missing_file', 'no dataset is given', 'give datasets as adapter=folder')
     return out
 
 def _read_all(roots, strict, max_rows, seed):
     "Rows of all sources in one table, and what each reading said."
     tables = {s: read(s, root, strict) for s, root in roots.items()}
+    for s, t in tables.items(): pictures_there(t, s, roots[s])
+    _named_once(tables)
     away = {(os.path.realpath(roots[s]), u.partition(':')[0]) for s, t in tables.items() for u in t.attrs['dropped'] if u.endswith('set aside')}
     for s, t in tables.items():
         lost = [(os.path.realpath(roots[s]), u) in away for u in t['usage']]
         if any(lost): tables[s] = _without(t, np.array(lost), 'the other test, set aside')
-    said = {s: {'dropped': t.attrs['dropped'], 'problems': t.attrs['problems'], 'vetoed': t.attrs['vetoed'], 'deviations': against_published(t, s)} for s, t in tables.items()}
+    said = {s: {'dropped': t.attrs['dropped'], 'problems': t.attrs['problems'], 'vetoed': t.attrs['vetoed'], 'left': t.attrs['left'], 'records': t.attrs['records'], 'rows': len(t), 'deviations': against_published(t, s)} for s, t in tables.items()}
     df = pd.concat([t if max_rows is None else subsample(t, max_rows, seed) for t in tables.values()], ignore_index=True)
     df['origin'] = np.repeat(list(tables), [len(t) if max_rows is None else min(max_rows, len(t)) for t in tables.values()])
     return df.assign(opinions='', own=df['label']), said
 
 def _without(table, lost, why):
     kept = table[~lost].reset_index(drop=True)
-    kept.attrs = table.attrs | {'dropped': table.attrs['dropped'] | {why: int(lost.sum())}}
+    kept.attrs = table.attrs | {'dropped': table.attrs['dropped'] | {why: int(lost.sum())}, 'left': table.attrs['left'] + [(at, why) for at in table['at'][lost]]}
     return kept
+
+def _named_once(tables):
+    "Ids begin with the source's name, so two adapters may not use the same one."
+    owner = {}
+    for s, t in tables.items():
+        for name in t['source'].unique():
+            if owner.setdefault(name, s) != s: raise FerError('bad_parameter', f'{owner[name]} and {s} both call their rows {name}', 'give one of them only; a table can have a "source" of its own in columns.json')
 
 # %% ../../nbs/data/curate.ipynb #c006
 def _file_keys(df, roots):
@@ -85,16 +96,9 @@ def _fill(df, prints):
     found = prints.face.any((1, 2)) if prints.face.shape[1] else True
     return df.assign(sha256=prints.sha256.astype(object), phash=hexed, width=prints.size[:, 0], height=prints.size[:, 1], quality=quality(prints.sharpness, prints.contrast, prints.size.min(1), voted)*found)
 
-def _other_boxes(source, prints, near, progress):
-    "Pairs of faces from one photo in two face boxes, if faces were sought; not between drawn pictures."
-    if near is None or not prints.face.shape[1]: return np.zeros((0, 2), int)
-    _, first = np.unique(prints.sha256, return_index=True)  # exact copies are found by their hash
-    rows = np.sort(first[~np.isin(np.asarray(source, str)[first], DRAWN)])
-    return rows[aligned_pairs(prints.face[rows], progress=progress)]
-
 def _tie(df, prints, near, progress):
     "Keys of exact copies, near-duplicates and whole groups, row by row; pairs by how they were found."
-    found = {'near': photo_pairs(df['source'], prints, near), 'box': _other_boxes(df['source'], prints, near, progress)}
+    found = {'near': photo_pairs(df['source'], prints, near), 'box': box_pairs(df['source'], prints, near, progress)}
     pairs = np.unique(np.concatenate(list(found.values())), axis=0)
     exact, close = components(len(df), [], [prints.sha256]), components(len(df), pairs, [prints.sha256])
     return exact, close, components(len(df), pairs, [prints.sha256, df['group']]), found, pairs
@@ -160,9 +164,22 @@ def _name_groups(df, group):
     return np.where(alone, '', name)
 
 # %% ../../nbs/data/curate.ipynb #c015
-def _gate(report, out):
-    if not report.ok: write_json(out/'manifest_validation.json', report.to_dict())
+def _gate(report, out, lost=None):
+    "An error with the whole list beside it; a class that nobody shows is explained by what was dropped."
+    if report.ok: return
+    if lost is not None: _csv(lost, out/'dropped.csv')
+    why = '' if lost is None or not len(lost) else ', after ' + ', '.join(f'{n:,} dropped as {r}' for r, n in lost['reason'].value_counts().items())
+    report.problems = [replace(p, message=p.message + why) if p.message.startswith('no row of class') else p for p in report.problems]
+    write_json(out/'manifest_validation.json', report.to_dict())
     report.raise_if_bad()
+
+def _check_given(near, max_rows, policy, **shares):
+    "Parameters whose wrong value would only show in the figures."
+    for name, value in shares.items():
+        if not 0 <= value <= 1 or value == 1 and name != 'agreement': raise FerError('bad_parameter', f'{name} {value} is no share', 'give a number from 0 to below 1')
+    if near is not None and not 0 <= near <= MAX_NEAR: raise FerError('bad_parameter', f'near {near} is no distance', f'give 0 to {MAX_NEAR}, or None for exact copies only')
+    if max_rows is not None and max_rows < 1: raise FerError('bad_parameter', f'max_rows {max_rows} leaves no rows', 'give 1 or more, or None for all')
+    if policy not in POLICIES: raise FerError('bad_parameter', f'policy {policy!r} is none of {", ".join(POLICIES)}', 'name one of them')
 
 def _merge_files(df, roots, said, policy, agreement):
     "Rows of one file become one row before anything is decoded."
@@ -174,8 +191,12 @@ def _merge_files(df, roots, said, policy, agreement):
 
 def _decoded(df, roots, out, strict, progress, detector):
     "Fingerprints of all rows, the rows they belong to, problems; broken pictures are an error or a list."
+    if df['source'].isin(DRAWN).all(): detector = None
     prints, rows, problems = decode_rows(df.assign(source=df['origin']), roots, range(len(df)), progress, out/'.prints', detector)
-    if strict or not len(rows): _gate(Report(len(df), len(rows), problems), out)
+    problems = traced(problems, df)
+    loose = '; with strict=false broken records are left out and listed' if len(rows) else ''
+    if strict or not len(rows): _gate(Report(len(df), len(rows), [replace(p, mend=p.cure() + loose) for p in problems]), out)
+    if not len(rows): raise FerError('missing_file', 'no row is left to decode: each one was refused by another source', 'drop a source or choose another policy')
     return prints, rows, problems
 
 def curate(datasets,               # folder as published, {source: folder}, or ['adapter=folder', …]
@@ -198,6 +219,7 @@ def curate(datasets,               # folder as published, {source: folder}, or [
           )->dict:                 # source, n per split, class priors, dataset_sha256, drops, seconds
     "Curate published datasets into one validated manifest."
     began, out = time.perf_counter(), Path(out)
+    _check_given(near, max_rows, policy, val_fraction=val_fraction, test_fraction=test_fraction, agreement=agreement)
     roots = parse_datasets([f'{source}={datasets}'] if isinstance(datasets, (str, Path)) else datasets)
     df, said = _read_all(roots, strict, max_rows, seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -206,6 +228,7 @@ def curate(datasets,               # folder as published, {source: folder}, or [
     df = df[why == ''].reset_index(drop=True)
     prints, rows, problems = _decoded(df, roots, out, strict, progress, detector)
     df = _fill(df.iloc[rows].reset_index(drop=True), prints)
+    conversions = _conversions(df, roots)
     df, close, group, near_rows, copies, why, pairs = _settle_copies(df, prints, near, policy, agreement, pairs, progress)
     named = df.assign(group=_name_groups(df, group))
     df, why, log = _reviewed(named, why, decisions)
@@ -215,10 +238,10 @@ def curate(datasets,               # folder as published, {source: folder}, or [
     kept, keep, why = _rebalanced(kept, keep, why, max_ratio, hold_out)
     lost.append(_lost(df, why))
     report = validate(kept, _by_row_source(kept, roots), near=near, prints=prints.take(keep), pairs=_among(near_rows, keep, len(df)))
-    report.decoded = len(prints)
-    _gate(report, out)
+    report.decoded, report.problems = len(prints), traced(report.problems, kept)
+    _gate(report, out, pd.concat(lost))
     notes = {'source': '+'.join(roots), 'seed': seed, 'val_fraction': val_fraction, 'test_fraction': test_fraction, 'max_rows': max_rows, 'policy': policy, 'agreement': agreement,
-             'max_ratio': max_ratio, 'hold_out': hold_out, 'decisions': log, 'near_duplicates': {**_near_notes(near, close), **copies}}
+             'max_ratio': max_ratio, 'hold_out': hold_out, 'decisions': log, 'conversions': conversions, 'near_duplicates': {**_near_notes(near, close), **copies}}
     clean = _write(out, roots, read_rows, kept, pd.concat(lost, ignore_index=True), report, notes, said, problems, pairs, folds)
     shutil.rmtree(out/'.prints', ignore_errors=True)
     return {**{k: clean[k] for k in ('source', 'n', 'class_priors', 'dataset_sha256', 'dropped')}, 'class_counts': clean['after'], 'hq_train': clean['hq']['n'], 'seconds': round(time.perf_counter() - began, 2)}
@@ -297,7 +320,27 @@ def copy_pairs(data,     # curated data folder
 def _faults(said, problems):
     "Broken records by code, and the list of them."
     every = [p for told in said.values() for p in told['problems']] + list(problems)
-    return {'by_code': dict(sorted(Counter(p.code for p in every).items())), 'list': [asdict(p) for p in every]}
+    return {'by_code': dict(sorted(Counter(p.code for p in every).items())), 'list': [p.to_dict() for p in every]}
+
+def _conversions(df, roots):
+    "What was done to pictures to read them, by kind, and the list of them."
+    kinds = [converted(roots[s], p) for s, p in zip(df['origin'], df['path'])]
+    sides = df['box'].map(lambda b: [int(v) for v in b.split()[2:]] if b else [0, 0])
+    every = [{'kind': kind, 'id': id, 'where': at} for ks, id, at, (w, h), *size in zip(kinds, df['id'], df['at'], sides, df['width'], df['height'])
+             for kind in ks + ['box_clipped']*(size[0] < w or size[1] < h)]
+    return {'by_kind': dict(sorted(Counter(e['kind'] for e in every).items())), 'list': every}
+
+def _records(said, df, kept, lost, problems):
+    "What became of every record of the sources; the first number is the sum of the others."
+    count = lambda key: sum(len(told[key]) for told in said.values())
+    return {'met': sum(told['records'] for told in said.values()), 'kept': len(kept), 'dropped': len(lost), 'left_out': count('left'), 'broken': count('problems') + len(problems),
+            'not_sampled': sum(told['rows'] for told in said.values()) - len(df)}
+
+def _left_out(said, problems):
+    "Every record that never became a row: source, where it stands, why, and the code if it is broken."
+    rows = [(s, at, why, '') for s, told in said.items() for at, why in told['left']]
+    rows += [(s, p.where, p.message, p.code) for s, told in said.items() for p in told['problems']] + [('', p.where, p.message, p.code) for p in problems]
+    return pd.DataFrame(rows, columns=['source', 'where', 'reason', 'code'])
 
 def _report(df, kept, lost, notes, roots, said, problems, pairs):
     "The content of clean_report.json."
@@ -308,7 +351,7 @@ def _report(df, kept, lost, notes, roots, said, problems, pairs):
             'by_source': {s: class_counts(rows) for s, rows in kept.groupby('source')},
             'dropped_at_reading': {k: v for told in said.values() for k, v in told['dropped'].items()} if len(said) == 1 else {s: told['dropped'] for s, told in said.items()},
             'dropped': {str(k): int(v) for k, v in lost['reason'].value_counts().sort_index().items()}, 'class_priors': class_priors(kept), 'priors': {s: class_priors(kept, s).tolist() for s, n in split_counts(kept).items() if n},
-            'dataset_sha256': content_hash(kept), 'groups': int((~kept['group'].duplicated() | (kept['group'] == '')).sum()), 'faults': _faults(said, problems),
+            'dataset_sha256': content_hash(kept), 'groups': int((~kept['group'].duplicated() | (kept['group'] == '')).sum()), 'faults': _faults(said, problems), 'records': _records(said, df, kept, lost, problems),
             'deviations_from_published': {s: told['deviations'].to_dict('records') for s, told in said.items()}, 'opinions': overturned(pairs).to_dict('records'),
             'hq': {'rule': f'quality = min(1, sharpness/{SHARP:g}) * min(1, contrast/{CONTRAST:g}) * min(1, side/{SIDE}) * agreement >= {HQ:g}', 'n': len(hq), 'classes': class_counts(hq).get('train', {})}}
 
@@ -323,6 +366,7 @@ def _write(out, roots, df, kept, lost, report, notes, said, problems, pairs, fol
     write_manifest(kept[(kept['split'] == 'train') & (kept['quality'] >= HQ)], out/'classification_manifest_hq_train.csv')
     write_manifest(mixed_test(kept), out/'test_all_sources.csv')
     _csv(lost, out/'dropped.csv')
+    _csv(_left_out(said, problems), out/'left_out.csv')
     _csv(pairs, out/'disagreements.csv')
     if folds: _csv(kept[['id']].assign(fold=kfold(kept, folds, notes['seed']))[lambda t: t['fold'] >= 0], out/'folds.csv')
     write_json(out/'manifest_validation.json', report.to_dict())

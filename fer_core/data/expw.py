@@ -6,7 +6,7 @@
 from __future__ import annotations
 import pandas as pd
 from ..artifacts import FerError
-from .adapter import Files, Found, first_file, first_folder, lines_of
+from .adapter import Files, Found, box_of, first_file, first_folder, held, lines_of
 
 # %% auto #0
 __all__ = ['read_expw']
@@ -17,13 +17,14 @@ def read_expw(root,               # folder with label.lst (or label/label.lst) a
              )->pd.DataFrame:     # rows in list order, the photograph as group
     "Expression in-the-Wild."
     name = first_file(root, 'label.lst', 'label/label.lst')
-    if name is None: raise FerError('missing_file', f'{root} has no label.lst', 'unpack label/label.lst beside image/origin')
+    if name is None: raise FerError('missing_file', f'{root} has no label.lst. It holds {held(root)}', 'unpack label/label.lst beside image/origin')
     found, files = Found('expw'), Files(root, first_folder(root, 'image/origin', 'origin', 'image'))
     for k, (picture, face, *numbers) in lines_of(root, name, 8, found):
         where = f'{name} row {k}'
         try: top, left, right, bottom, sure = (float(v) for v in numbers[:5])
         except ValueError: found.bad('bad_parameter', where, f'box {numbers[:4]} or confidence {numbers[4]} is no number'); continue
         if not (label := found.label('expw', numbers[5], where)): continue
-        if sure < confidence: found.drop(f'detector confidence under {confidence:g}'); continue
-        found.add(f'{picture}/{face}', path=files.path(picture), label=label, split='train', box=f'{round(left)} {round(top)} {round(right - left)} {round(bottom - top)}', group=f'expw/{picture}')
+        if sure < confidence: found.drop(f'detector confidence under {confidence:g}', where); continue
+        if not (box := box_of((left, top, right - left, bottom - top), where, found)): continue
+        found.add(f'{picture}/{face}', where, path=files.path(picture), label=label, split='train', box=box, group=f'expw/{picture}')
     return found.table()

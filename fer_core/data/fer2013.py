@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..artifacts import FerError
-from .adapter import Found, rows_of, soft_label
+from .adapter import Found, held, rows_of, soft_label
 from .folders import read_folder
 from .images import SIDE, inside, n_pixels, pixel_csv
 from ..labels import MAPS, to_class
@@ -21,15 +21,16 @@ CSVS = ('fer2013.csv', 'icml_face_data.csv')
 
 def _pixel_file(root):
     name = next((n for n in CSVS if (Path(root)/n).is_file()), None)
-    if name is None: raise FerError('missing_file', f'neither {" nor ".join(CSVS)} is in {root}')
+    if name is None: raise FerError('missing_file', f'neither {" nor ".join(CSVS)} is in {root}. It holds {held(root)}', 'give the folder that holds it')
     table = pixel_csv(inside(root, name))
     for column in ('emotion', 'pixels', 'usage'):
-        if column not in table.columns: raise FerError('undecodable_image', f'{name} row 1 has no column {column!r}', 'restore the header emotion,pixels,Usage')
+        if column not in table.columns: raise FerError('undecodable_image', f'{name} row 1 has no column {column!r} (it has {", ".join(table.columns)[:80]})', 'restore the header emotion,pixels,Usage')
     return table
 
 def _checked(table, i, found):
     "Label and usage of one row, or nothing after its problem is booked."
     where, fields = f'{table.name} row {i + 2}', table.row(i)
+    if None in fields: return found.bad('unknown_label', where, f'{len(table.columns) + len(fields[None])} of {len(table.columns)} cells')
     n = n_pixels(fields.get('pixels', b''))
     if n != SIDE**2: return found.bad('undecodable_image', where, f'{n:,} of {SIDE**2:,} pixels')
     raw, usage = (fields.get(c, b'').decode('utf-8', 'replace') for c in ('emotion', 'usage'))
@@ -44,7 +45,8 @@ def read_all_fer2013(root # folder with fer2013.csv, icml_face_data.csv or train
     if not any((Path(root)/n).is_file() for n in CSVS): return read_folder(root, 'fer2013')
     table, found = _pixel_file(root), Found('fer2013')
     for i in range(len(table)):
-        if checked := _checked(table, i, found): found.add(f'{i:06d}', path=f'{table.name}#{i}', label=checked[0], split=USAGE_SPLIT[checked[1]], usage=checked[1])
+        found.records += 1
+        if checked := _checked(table, i, found): found.add(f'{i:06d}', f'{table.name} row {i + 2}', path=f'{table.name}#{i}', label=checked[0], split=USAGE_SPLIT[checked[1]], usage=checked[1])
     return found.table()
 
 def one_test(df:pd.DataFrame, # rows with `usage`
@@ -55,7 +57,8 @@ def one_test(df:pd.DataFrame, # rows with `usage`
     other = present - {test} if test in present else set()
     away = df['usage'].isin(other & {'PublicTest', 'PrivateTest'})
     kept = df[~away].reset_index(drop=True)
-    kept.attrs = df.attrs | {'dropped': df.attrs.get('dropped', {}) | {f'{u}: the other test, set aside': int(n) for u, n in df['usage'][away].value_counts().items()}}
+    why = df['usage'][away] + ': the other test, set aside'
+    kept.attrs = df.attrs | {'dropped': df.attrs.get('dropped', {}) | {u: int(n) for u, n in why.value_counts().items()}, 'left': df.attrs.get('left', []) + list(zip(df['at'][away], why))}
     return kept
 
 def read_fer2013(root, test:str='PublicTest')->pd.DataFrame: # as above
@@ -101,7 +104,7 @@ def read_ferplus(root,                    # folder with fer2013new.csv beside fe
                  agreement:float=0.       # least share of the votes for the label, 0..1
                 )->pd.DataFrame:          # the rows with a majority among the seven classes
     "FER2013's pictures with FERPlus labels and votes."
-    if not (Path(root)/'fer2013new.csv').is_file(): raise FerError('missing_file', f'fer2013new.csv is not in {root}', 'put fer2013new.csv of FERPlus beside fer2013.csv')
+    if not (Path(root)/'fer2013new.csv').is_file(): raise FerError('missing_file', f'fer2013new.csv is not in {root}. It holds {held(root)}', 'put fer2013new.csv of FERPlus beside fer2013.csv')
     table, found = _pixel_file(root), Found('ferplus')
     votes = _votes(root, found)
     if len(votes) + len(found.problems) != len(table): raise FerError('softlabel_misaligned', f'fer2013new.csv has {len(votes) + len(found.problems):,} rows for {len(table):,} pictures', 'take both files from the same release')
@@ -114,9 +117,11 @@ def _add_votes(found, table, i, k, usage, name, votes, mode, agreement):
     where, path = f'fer2013new.csv row {k}', f'{table.name}#{i}'
     own = table.row(i).get('usage', b'').decode('utf-8', 'replace')
     if own in USAGE_SPLIT and usage != own: raise FerError('softlabel_misaligned', f'{where} is {usage!r}, its picture {own!r}', 'take both files from the same release')
+    if usage not in USAGE_SPLIT: return found.bad('unknown_label', where, f'usage {usage!r} is none of {", ".join(USAGE_SPLIT)}')
     if votes is None: return found.bad('unknown_label', where, 'a vote that is no count')
+    if name and not votes.any(): return found.bad('unknown_label', where, 'votes that sum to zero')
     n = n_pixels(table.row(i).get('pixels', b''))
     if n != SIDE**2: return found.bad('undecodable_image', f'{table.name} row {i + 2}', f'{n:,} of {SIDE**2:,} pixels')
     label, why = majority(votes, agreement) if name else (None, 'no picture name: face removed by FERPlus')
-    if not label: return found.drop(why, path)
-    found.add(f'{i:06d}', path=path, label=label, split=USAGE_SPLIT[usage], usage=usage, soft_label=_soft(votes, mode))
+    if not label: return found.drop(why, where, path)
+    found.add(f'{i:06d}', where, path=path, label=label, split=USAGE_SPLIT[usage], usage=usage, soft_label=_soft(votes, mode))

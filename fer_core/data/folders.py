@@ -4,11 +4,11 @@
 
 # %% ../../nbs/data/folders.ipynb #c002
 from __future__ import annotations
-import re
+import json, os, re
 from pathlib import Path
 import cv2, pandas as pd
-from ..artifacts import FerError, read_json
-from .adapter import Found, rows_of, soft_label
+from ..artifacts import FerError
+from .adapter import Files, Found, box_of, held, rows_of, soft_label, text_of
 from ..labels import CLASSES, to_class
 
 # %% auto #0
@@ -20,7 +20,8 @@ _TYPES = set('.jpg .jpeg .jpe .png .bmp .dib .webp .avif .tif .tiff .jp2 .pbm .p
 
 def subfolders(folder)->list: # paths, in order; hidden ones left out
     "Folders directly in a folder."
-    return sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith(('.', '__')))
+    try: return sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith(('.', '__')))
+    except OSError as e: raise FerError('missing_file', f'{folder} cannot be read ({e.strerror.lower()})', 'give yourself permission to read it') from None
 
 def _class_folders(root):
     "(folder, split, usage, class or None) for every class folder; anything else in the way is an error."
@@ -35,30 +36,51 @@ def _folder_class(folder, root):
     try: return to_class('folder', folder.name)
     except KeyError: raise FerError('unknown_label', f'folder {folder.relative_to(root).as_posix()} is none of the classes {", ".join(CLASSES)}', 'rename it to a class, or move it out of the dataset folder') from None
 
-def _files(folder): # in a stable order, hidden ones left out
-    return sorted((p for p in Path(folder).rglob('*') if (p.is_file() or p.is_symlink()) and not p.name.startswith('.')), key=lambda p: p.as_posix())
-
 def is_picture(path:Path # file
               )->bool:
     "Whether a file's name or its first bytes say picture."
     return path.suffix.lower() in _TYPES or path.is_file() and cv2.haveImageReader(str(path))
 
-def _stays(real, top): return real == top or top in real.parents
+def _files(folder, closed):
+    "Files and links under a folder in a stable order; folders that may not be read go to `closed`."
+    found = []
+    for top, folders, names in os.walk(folder, onerror=lambda e: closed.append(Path(e.filename))):
+        found += [Path(top)/n for n in names + [f for f in folders if os.path.islink(f'{top}/{f}')]]
+    return sorted(found, key=lambda p: p.as_posix())
+
+def _broken(p, top):
+    "Why a file cannot be a record, or ''."
+    if p.name.encode(errors='replace').decode() != p.name: return 'a name that is not UTF-8'
+    real = os.path.realpath(p)
+    if p.is_symlink() and os.path.commonpath((real, top)) != top: return 'a link out of the dataset folder'
+    return 'a link to a folder, which is not followed' if p.is_symlink() and p.is_dir() else ''
+
+# %% ../../nbs/data/folders.ipynb #c004b
+def _add_file(found, p, root, top, folder, split, usage, label):
+    path, own = p.relative_to(root).as_posix(), re.match('(Training|PublicTest|PrivateTest)_', p.name)
+    found.records += 1
+    if why := _broken(p, top): found.bad('bad_parameter', path.encode(errors='backslashreplace').decode(), why)
+    elif any(part.startswith('.') for part in p.relative_to(folder).parts): found.drop('hidden file', path)
+    elif not is_picture(p): found.drop('not a picture file', path)
+    elif label is None: found.drop(f'class {folder.name}', path)
+    else: found.add(path, path, path=path, label=label, split=split, usage=own[1] if own else usage)
 
 def read_folder(root, # folder of class folders, or of split folders of class folders
                 source:str='folder' # source id to write into the rows
                )->pd.DataFrame: # rows in path order
     "A dataset of class folders."
-    root, found = Path(root), Found(source)
-    top = root.resolve()
-    for folder, split, usage, label in _class_folders(root):
-        for p in _files(folder):
-            path, own = p.relative_to(root).as_posix(), re.match('(Training|PublicTest|PrivateTest)_', p.name)
-            if p.is_symlink() and not _stays(p.resolve(), top): found.bad('bad_parameter', path, 'a link out of the dataset folder')
-            elif not is_picture(p): found.drop('not a picture file')
-            elif label is None: found.drop(f'class {folder.name}')
-            else: found.add(path, path=path, label=label, split=split, usage=own[1] if own else usage)
-    if not found.rows and not found.dropped and not found.problems: raise FerError('missing_file', f'{root} holds no pictures in class folders', 'expected <class>/picture or train/<class>/picture')
+    root, found, closed = Path(root), Found(source), []
+    top, classes = os.path.realpath(root), _class_folders(root)
+    for folder, split, usage, label in classes:
+        for p in _files(folder, closed): _add_file(found, p, root, top, folder, split, usage, label)
+    for place in sorted({root, *(folder.parent for folder, *_ in classes)}):
+        beside = [p for p in sorted(place.iterdir()) if p.suffix.lower() in _TYPES and not p.name.startswith('.') and p.is_file()]
+        found.records += len(beside)
+        for p in beside: found.drop('picture outside the class folders', p.relative_to(root).as_posix())
+    for p in closed:
+        found.records += 1
+        found.bad('missing_file', p.relative_to(root).as_posix(), 'a folder that may not be read')
+    if not found.records: raise FerError('missing_file', f'{root} holds no pictures in class folders. It holds {held(root)}', 'expected <class>/picture or train/<class>/picture')
     return found.table()
 
 # %% ../../nbs/data/folders.ipynb #c007
@@ -73,48 +95,71 @@ def read_synthetic(root # folder with synthetic.json
 
 # %% ../../nbs/data/folders.ipynb #c009
 MAP = 'columns.json'
-_ASKED = {'csv', 'folder', 'columns', 'labels', 'splits', 'soft', 'licence', 'citation', 'source'}
+_ASKED = {'csv': str, 'folder': str, 'columns': dict, 'labels': dict, 'splits': dict, 'soft': dict, 'licence': str, 'citation': str, 'source': str}
+_COLUMNS = ('path', 'label', 'split', 'group', 'box')
+
+def _refuse(told):
+    "What is wrong with the form of a map, as (message, mend), or None."
+    if not isinstance(told, dict): return 'is no JSON object', 'see fer_core.data.folders'
+    if unknown := sorted(set(told) - set(_ASKED)): return f'has the unknown entry {unknown[0]!r}', f'it may have: {", ".join(sorted(_ASKED))}'
+    if odd := [k for k, v in told.items() if not isinstance(v, _ASKED[k])]: return f'has {odd[0]!r} as {json.dumps(told[odd[0]])[:40]}', 'give text' if _ASKED[odd[0]] is str else 'give an object, {"…": "…"}'
+    columns = told.get('columns', {})
+    if lost := [k for k in ('path', 'label') if k not in columns]: return f'names no column for {lost[0]!r}', 'add it to "columns"'
+    if unknown := sorted(set(columns) - set(_COLUMNS)): return f'has the unknown column {unknown[0]!r}', f'"columns" may have: {", ".join(_COLUMNS)}'
+    box = columns.get('box', ['']*4)
+    if not all(isinstance(v, str) for k, v in columns.items() if k != 'box') or not isinstance(box, list) or [type(b) for b in box] != [str]*4: return 'has a column that is not the name of one', 'give text, and for "box" a list of four: x, y, width, height'
+    if odd := [v for v in told.get('splits', {}).values() if v not in ('train', 'val', 'test')]: return f'maps a split to {odd[0]!r}', 'splits: train, val, test'
 
 def read_columns(root # folder with columns.json
                 )->dict: # its content, checked
     "The column map of a table."
-    try: told = read_json(Path(root)/MAP)
+    try: told = json.loads(text_of(root, MAP))
     except FerError as e: raise FerError(e.code, e.what, 'write the column map: see fer_core.data.folders') from None
-    if unknown := sorted(set(told) - _ASKED): raise FerError('bad_parameter', f'{MAP} has the unknown entry {unknown[0]!r}', f'it may have: {", ".join(sorted(_ASKED))}')
-    columns = told.get('columns', {})
-    for need in ('path', 'label'):
-        if need not in columns: raise FerError('bad_parameter', f'{MAP} names no column for {need!r}', 'add it to "columns"')
+    except ValueError as e: raise FerError('corrupt_artifact', f'{Path(root)/MAP} is not valid JSON ({e})', 'write the column map: see fer_core.data.folders') from None
+    if wrong := _refuse(told): raise FerError('bad_parameter', f'{MAP} {wrong[0]}', wrong[1])
     for k, v in {**told.get('labels', {}), **{c: c for c in told.get('soft', {}).values()}}.items():
         if v is not None and v not in CLASSES: raise FerError('unknown_label', f'{MAP} maps {k!r} to {v!r}, which is no class', f'classes: {", ".join(CLASSES)}')
     return told
 
+# %% ../../nbs/data/folders.ipynb #c009b
 def _meaning(told, raw, found, where):
     "The class of a cell; None after it was booked."
     labels = {k.lower(): v for k, v in told.get('labels', {}).items()}
-    if raw.lower() in labels: return labels[raw.lower()] or found.drop(f'label {raw or "empty"}')
-    if not raw: return found.drop('label empty')
+    if raw.lower() in labels: return labels[raw.lower()] or found.drop(f'label {raw or "empty"}', where)
+    if not raw: return found.drop('label empty', where)
     return found.label('folder', raw, where)
 
-def _box(row, columns, found, where):
-    "x y w h of the box columns; '' without; None after a problem."
-    if 'box' not in columns: return ''
-    try: return ' '.join(str(round(float(row[c.lower()]))) for c in columns['box'])
-    except ValueError: return found.bad('bad_parameter', where, f'a box that is no number: {[row[c.lower()] for c in columns["box"]]}')
+def _votes(told, row, found, where):
+    "The soft label of a row, '' without votes; None after a problem."
+    cells = {c: row[c.lower()] for c in told.get('soft', {})}
+    if not any(cells.values()): return ''
+    weights = dict.fromkeys(CLASSES, 0.)
+    try:
+        for c, text in cells.items(): weights[told['soft'][c]] += float(text or 0)
+    except ValueError: return found.bad('unknown_label', where, f'votes that are no numbers: {", ".join(cells.values())}')
+    if any(float(t or 0) < 0 for t in cells.values()) or not 0 < sum(weights.values()) < float('inf'): return found.bad('unknown_label', where, f'votes that sum to zero or are below it: {", ".join(cells.values())}')
+    return soft_label(weights)
+
+def _add_row(found, told, files, splits, k, row, name):
+    "Book one row of a table: once, whatever is wrong with it."
+    where, columns = f'{name} row {k}', told['columns']
+    cell = lambda key: row[columns[key].lower()] if key in columns else ''
+    if not cell('path'): return found.bad('missing_file', where, 'the path is empty')
+    split = splits.get(cell('split').lower() or 'train')
+    if split is None: return found.bad('bad_parameter', where, f'split {cell("split")!r} is none of {", ".join(sorted(splits))}')
+    if not (label := _meaning(told, cell('label'), found, where)): return
+    box = box_of([row[c.lower()] for c in columns['box']], where, found) if 'box' in columns else ''
+    soft = None if box is None else _votes(told, row, found, where)
+    if soft is None: return
+    stated = '/'.join(filter(None, (told.get('folder', ''), cell('path'))))
+    found.add(f'{stated}#{box}' if box else stated, where, path=files.path(cell('path')), label=label, split=split, usage=cell('split'), group=cell('group'), box=box, soft_label=soft)
 
 def read_csv(root # folder with columns.json
             )->pd.DataFrame: # rows in file order
     "Pictures listed in a CSV whose columns a map explains."
     told = read_columns(root)
-    columns, found, name = told['columns'], Found(told.get('source', 'csv')), told.get('csv', 'labels.csv')
-    soft, splits = told.get('soft', {}), SPLIT_NAMES | {k.lower(): v for k, v in told.get('splits', {}).items()}
-    need = [c for v in columns.values() for c in (v if isinstance(v, list) else [v])] + list(soft)
-    for k, row in rows_of(root, name, need, found):
-        where, cell = f'{name} row {k}', lambda key: row[columns[key].lower()] if key in columns else ''
-        label, box, split = _meaning(told, cell('label'), found, where), _box(row, columns, found, where), splits.get(cell('split').lower() or 'train')
-        if split is None: found.bad('bad_parameter', where, f'split {cell("split")!r} is none of {", ".join(sorted(splits))}')
-        if not label or box is None or split is None: continue
-        path = '/'.join(filter(None, (told.get('folder', ''), cell('path'))))
-        weights = {}
-        for c, target in soft.items(): weights[target] = weights.get(target, 0.) + float(row[c.lower()] or 0)
-        found.add(f'{path}#{box}' if box else path, path=path, label=label, split=split, usage=cell('split'), group=cell('group'), box=box, soft_label=soft_label(weights) if soft else '')
+    found, name = Found(told.get('source') or 'csv'), told.get('csv', 'labels.csv')
+    files, splits = Files(root, told.get('folder', '')), SPLIT_NAMES | {k.lower(): v for k, v in told.get('splits', {}).items()}
+    need = [c for v in told['columns'].values() for c in (v if isinstance(v, list) else [v])] + list(told.get('soft', {}))
+    for k, row in rows_of(root, name, need, found): _add_row(found, told, files, splits, k, row, name)
     return found.table()

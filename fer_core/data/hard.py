@@ -12,7 +12,7 @@ from .suspects import check_probs, open_folder
 from ..labels import CLASSES
 
 # %% auto #0
-__all__ = ['HARD_COLUMNS', 'hard_samples', 'write_hard_samples', 'sample_weights']
+__all__ = ['HARD_COLUMNS', 'hard_samples', 'write_hard_samples', 'sample_weights', 'train_weights']
 
 # %% ../../nbs/data/hard.ipynb #c004
 HARD_COLUMNS = ('id', 'path', 'label', 'predicted', 'confidence', 'loss', 'reason', 'weight', 'split')
@@ -65,6 +65,16 @@ def sample_weights(path,           # hard_samples.csv, or any CSV with id, label
         if split[k] == 'test': raise FerError('split_leakage', f'{where}: {id} is a test row', 'weights are for training; mine train and val')
         if label[k] != given: raise FerError('softlabel_misaligned', f'{where}: {id} was mined as {given} and is {label[k]} now', 'mine a run on this data')
         if id in seen: raise FerError('duplicate_id', f'{where}: {id} stands on line {seen[id]} already')
-        if not (math.isfinite(w) and w >= 0): raise FerError('bad_parameter', f'{where}: weight {hard["weight"][line - 2]!r} is no number from 0', 'correct the weight')
+        if not 0 <= w < 1e9: raise FerError('bad_parameter', f'{where}: weight {hard["weight"][line - 2]!r} is no number from 0 to 1e9', 'correct the weight')
         out[k], seen[id] = w, line
     return out
+
+# %% ../../nbs/data/hard.ipynb #c014
+def train_weights(path,           # hard_samples.csv, or any CSV with id, label, weight
+                  df:pd.DataFrame # manifest, all of it
+                 )->np.ndarray:   # (n,) float32 in the rows' order, mean 1 over the training rows
+    "Weights per row, scaled to a mean of 1 over the training rows."
+    w, train = sample_weights(path, df).astype(np.float64), (df['split'] == 'train').to_numpy()
+    if not train.any(): raise FerError('missing_file', 'the manifest has no training rows to weigh', 'curate data that has a training split')
+    if not w[train].any(): raise FerError('bad_parameter', f'{Path(path).name}: all {train.sum():,} training rows have weight 0', 'give weight to some rows')
+    return (w/w[train].mean()).astype(np.float32)

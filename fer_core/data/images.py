@@ -4,13 +4,16 @@
 
 # %% ../../nbs/data/images.ipynb #c002
 from __future__ import annotations
-import functools, os
+import contextlib, functools, io, os, re, warnings
 from pathlib import Path
 import cv2, numpy as np, pandas as pd
+from struct import error as struct_error
+from PIL import Image
 from ..artifacts import FerError
 
 # %% auto #0
-__all__ = ['SIDE', 'ROW_MEND', 'inside', 'PixelCsv', 'pixel_csv', 'n_pixels', 'in_box', 'read_image', 'root_of', 'iter_images']
+__all__ = ['SIDE', 'ROW_MEND', 'MOST', 'CONVERSIONS', 'inside', 'regular_file', 'PixelCsv', 'pixel_csv', 'file_part', 'n_pixels',
+           'in_box', 'read_image', 'converted', 'root_of', 'iter_images']
 
 # %% ../../nbs/data/images.ipynb #c004
 @functools.lru_cache(maxsize=64)
@@ -20,23 +23,37 @@ def inside(root, # folder of the dataset
            path:str # path relative to it
           )->Path:  # the file, links resolved
     "The file a relative path names, if it lies inside the root."
-    real, top = os.path.realpath(os.path.join(root, path)), _real(str(root))
+    try: real, top = os.path.realpath(os.path.join(root, path)), _real(str(root))
+    except ValueError: raise FerError('bad_parameter', f'{path!r} is no path', 'correct or drop the row') from None
     if os.path.isabs(path) or '..' in Path(path).parts or os.path.commonpath((top, real)) != top:
         raise FerError('bad_parameter', f'{path} leaves the dataset folder', 'use paths relative to the root, without .. or links out of it')
     return Path(real)
+
+def regular_file(root, path:str # as above
+                )->Path:        # the file, links resolved
+    "The file a relative path names, if it is there and may be read."
+    real = inside(root, path)
+    try:
+        if real.is_file() and os.access(real, os.R_OK): return real
+        why = 'may not be read (permission denied)' if real.is_file() else 'is a folder' if real.is_dir() else 'is not there'
+    except OSError as e: why = f'cannot be reached ({e.strerror.lower()})'
+    raise FerError('missing_file', f'{path if len(path) < 300 else path[:100] + "…" + path[-50:]} {why}', 'restore the file, or drop its row')
 
 # %% ../../nbs/data/images.ipynb #c007
 class PixelCsv:
     "A CSV with one picture a line, read by line number."
     def __init__(self, path): # CSV file with a header
         self.path, self.name = Path(path), Path(path).name
-        if not self.path.is_file(): raise FerError('missing_file', f'{path} is not there')
-        if not self.path.stat().st_size: raise FerError('missing_file', f'{self.name} is empty')
-        self.data, step = np.memmap(path, np.uint8, 'r'), 1 << 24
-        ends = [np.flatnonzero(self.data[i:i + step] == 10) + i for i in range(0, len(self.data), step)]
+        real = regular_file(self.path.parent, self.name)
+        if not real.stat().st_size: raise FerError('missing_file', f'{self.name} is empty', 'download it again')
+        self.data, step = np.memmap(real, np.uint8, 'r'), 1 << 24
+        if bytes(self.data[:2]) in (b'\xff\xfe', b'\xfe\xff'): raise FerError('undecodable_image', f'{self.name} is UTF-16 text', 'save it as UTF-8')
+        end = 10 if (self.data[:1 << 20] == 10).any() else 13
+        ends = [np.flatnonzero(self.data[i:i + step] == end) + i for i in range(0, len(self.data), step)]
         self.ends = np.concatenate([*ends, [len(self.data)]])
         while len(self.ends) > 1 and not self._line(len(self.ends) - 1).strip(): self.ends = self.ends[:-1]  # blank lines at the end
-        self.columns = [c.decode('utf-8', 'replace').lstrip('\ufeff').lower() for c in self._fields(0)]
+        self.mark = max((b',', b';', b'\t'), key=self._line(0).count)
+        self.columns = [c.decode('utf-8', 'replace').lstrip('\ufeff').strip(' "').lower() for c in self._fields(0)]
 
     def __len__(self): return len(self.ends) - 1 # pictures: lines without the header
 
@@ -44,13 +61,15 @@ class PixelCsv:
         return self.data[self.ends[k - 1] + 1 if k else 0:self.ends[k]].tobytes()
 
     def _fields(self, k):
-        return [f.strip(b' "\t\r') for f in self._line(k).split(b',')]
+        return [f.strip(b' "\t\r') for f in self._line(k).split(self.mark)]
 
     def row(self, i:int # data row, from 0
-           )->dict:     # column name (lower case) -> bytes
+           )->dict:     # column name (lower case) -> bytes; fields beyond the header under None, as in `csv.DictReader`
         "The fields of one data row."
         if not 0 <= i < len(self): raise FerError('missing_file', f'{self.name}#{i} is beyond its {len(self):,} rows')
-        return dict(zip(self.columns, self._fields(i + 1)))
+        fields = self._fields(i + 1)
+        rest = fields[len(self.columns):]
+        return dict(zip(self.columns, fields)) | ({None: rest} if rest else {})
 
 # %% ../../nbs/data/images.ipynb #c008
 @functools.lru_cache(maxsize=4)
@@ -60,8 +79,16 @@ def pixel_csv(path # CSV file
              )->PixelCsv: # opened once per version of the file
     "The opened CSV, shared between calls while the file does not change."
     try: stat = os.stat(path)
-    except FileNotFoundError: raise FerError('missing_file', f'{path} is not there') from None
+    except OSError as e: raise FerError('missing_file', f'{path} ' + ('is not there' if isinstance(e, FileNotFoundError) else f'cannot be reached ({e.strerror.lower()})')) from None
     return _open_csv(str(path), stat.st_size, stat.st_mtime_ns)
+
+_CSV_ROW = re.compile(r'(.+\.csv)#(\d+)')
+
+def file_part(path:str # a manifest path: 'train/happy/a.jpg', or 'fer2013.csv#17' for data row 17 (from 0)
+             )->tuple: # the file, and the data row or None
+    "The file of a manifest path, and the row in it."
+    m = _CSV_ROW.fullmatch(path)
+    return (m[1], int(m[2])) if m else (path, None)
 
 SIDE = 48  # FER2013 pictures are 48 x 48
 ROW_MEND = 'restore or delete that row (rows are lines of the file, the header is 1)'
@@ -82,22 +109,51 @@ def n_pixels(text:bytes # the pixels cell of a line
     return n if n == SIDE**2 else len(text.split())
 
 # %% ../../nbs/data/images.ipynb #c011
+MOST = 89_478_485  # pixels of a picture, Pillow's own limit
 _KINDS = {b'\xff\xd8': 'JPEG', b'\x89PNG': 'PNG', b'GIF8': 'GIF', b'BM': 'BMP', b'RIFF': 'WebP', b'II*\0': 'TIFF', b'MM\0*': 'TIFF'}
+
+@contextlib.contextmanager
+def _asking():
+    "What Pillow says beside its answer, and what it raises on a broken file, made one error."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    except Image.UnidentifiedImageError: raise
+    except (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, ArithmeticError, struct_error, MemoryError) as e: raise ValueError(str(e)) from None
+
+def _jpeg_pixels(data):
+    "Pixels by the frame header of a JPEG, found by following its segments."
+    at = 2
+    while at + 9 < len(data) and data[at] == 0xff:
+        if 0xc0 <= data[at + 1] <= 0xcf and data[at + 1] not in (0xc4, 0xc8, 0xcc): return int.from_bytes(data[at + 5:at + 7], 'big')*int.from_bytes(data[at + 7:at + 9], 'big')
+        at += 1 if data[at + 1] == 0xff else 2 + int.from_bytes(data[at + 2:at + 4], 'big')
+    return 0
+
+def _claimed(data):
+    "Pixels that a picture claims to have; 0 where its head says nothing."
+    if data[:4] == b'\x89PNG': return int.from_bytes(data[16:20], 'big')*int.from_bytes(data[20:24], 'big')
+    if data[:2] == b'\xff\xd8': return _jpeg_pixels(data)
+    try:
+        with _asking(): w, h = Image.open(io.BytesIO(data)).size
+    except Image.DecompressionBombError as e: return int(re.search(r'\d+', str(e))[0])
+    except (Image.UnidentifiedImageError, ValueError): return 0
+    return w*h
 
 def _whole(data):
     "Whether an encoded picture is complete; only a missing end mark costs a second decoding."
     tail = data[-64:].rstrip(b'\0')
     if data[:2] == b'\xff\xd8' and tail.endswith(b'\xff\xd9') or data[:4] == b'\x89PNG' and b'IEND' in tail: return True
-    import io
-    from PIL import Image
-    try: Image.open(io.BytesIO(data)).load()
+    try:
+        with _asking(): Image.open(io.BytesIO(data)).load()
     except Image.UnidentifiedImageError: return True  # a type only OpenCV knows
-    except (OSError, ValueError, SyntaxError): return False
+    except (ValueError, Image.DecompressionBombError): return False
     return True
 
 def _decode(path, name):
     data = path.read_bytes()
     if not data: raise FerError('undecodable_image', f'{name} has no bytes')
+    if (claimed := _claimed(data)) > MOST: raise FerError('undecodable_image', f'{name} claims {claimed:,} pixels, more than {MOST:,}', 'make it smaller or drop its row')
     try: image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYCOLOR)
     except cv2.error: image = None
     if image is None:
@@ -124,13 +180,34 @@ def read_image(root, # folder of the dataset
                box:str='' # 'x y w h' in pixels; '' = the whole picture
               )->np.ndarray: # (h, w) grey or (h, w, 3) BGR, uint8
     "The pixels of one manifest row."
-    file, _, row = path.rpartition('#')
-    if file.endswith('.csv') and row.isdigit():
+    file, row = file_part(path)
+    if row is not None:
         table = pixel_csv(inside(root, file))
-        return in_box(_pixels(table.row(int(row)).get('pixels', b''), table.name, int(row) + 2), box, path)
+        return in_box(_pixels(table.row(row).get('pixels', b''), table.name, row + 2), box, path)
+    return in_box(_decode(regular_file(root, path), path), box, path)
+
+# %% ../../nbs/data/images.ipynb #c016c
+CONVERSIONS = {'exif_rotated': 'turned as its EXIF orientation says', 'cmyk': 'from CMYK to BGR', 'sixteen_bit': 'from 16 to 8 bits', 'animated': 'its first picture is used', 'box_clipped': 'what of its box lies outside is left out'}
+
+def _asked(image):
+    "What Pillow says of an opened picture."
+    if image.getexif().get(0x0112, 1) not in (0, 1): yield 'exif_rotated'
+    if image.mode == 'CMYK': yield 'cmyk'
+    if image.mode.startswith('I;16'): yield 'sixteen_bit'
+    if getattr(image, 'n_frames', 1) > 1: yield 'animated'
+
+def converted(root, path:str # as in `read_image`; the file has been decoded before
+             )->list:        # keys of `CONVERSIONS`
+    "What was done to a picture to read it."
+    if file_part(path)[1] is not None: return []
     real = inside(root, path)
-    if not real.is_file(): raise FerError('missing_file', f'{path} is not there')
-    return in_box(_decode(real, path), box, path)
+    with open(real, 'rb') as f: head = f.read(1 << 14)
+    if head[:2] == b'\xff\xd8' and b'JFIF' in head[:32] and b'Exif' not in head and b'Adobe' not in head: return []
+    deep = ['sixteen_bit'] if head[:4] == b'\x89PNG' and head[24] == 16 else []
+    if head[:4] == b'\x89PNG' and b'acTL' not in head and b'eXIf' not in head and len(head) < 1 << 14: return deep
+    try:
+        with _asking(), Image.open(real) as image: return sorted({*deep, *_asked(image)})
+    except (Image.UnidentifiedImageError, ValueError): return deep  # OpenCV read it, Pillow cannot
 
 # %% ../../nbs/data/images.ipynb #c018
 def root_of(roots, # folder, or {source: folder}

@@ -8,15 +8,15 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 import numpy as np, torch
-from .augment import Augment, Mix, augment_batch, draw_mix, draw_views, mix_batch
+from .augment import Augment, Mix, Mixed, augment_batch, draw_mix, draw_views, make_mix, mix_pictures
 from .pack import Pack, open_pack
 from .samplers import Sampler
 
-_all_ = ['Augment', 'Mix', 'Pack', 'Sampler', 'augment_batch', 'draw_mix', 'draw_views', 'mix_batch', 'open_pack']
+_all_ = ['Augment', 'Mix', 'Mixed', 'Pack', 'Sampler', 'augment_batch', 'draw_mix', 'draw_views', 'make_mix', 'mix_pictures', 'open_pack']
 
 # %% auto #0
-__all__ = ['Feeder', 'made_ahead', 'Augment', 'Mix', 'Pack', 'Sampler', 'augment_batch', 'draw_mix', 'draw_views', 'mix_batch',
-           'open_pack']
+__all__ = ['Feeder', 'made_ahead', 'Augment', 'Mix', 'Mixed', 'Pack', 'Sampler', 'augment_batch', 'draw_mix', 'draw_views',
+           'make_mix', 'mix_pictures', 'open_pack']
 
 # %% ../../nbs/data/loader.ipynb #c004
 def _fits(pack, device):
@@ -32,12 +32,14 @@ class Feeder:
         augment:Augment|None=None, # None = no augmentation
         views:int=0,       # 0 = a new view every epoch; else cycle through this many (those a teacher has seen)
         sampler=None,      # f(rows, labels, seed, epoch) -> rows of an epoch, e.g. a `Sampler`; None = each row once, shuffled
-        mix:Mix|None=None, # mix the pictures of shuffled epochs; targets are then (b, 7) probabilities
-        prefetch:int=0):   # batches made ahead by a thread; 0 = when asked for
+        mix:Mix|None=None, # mix the pictures of shuffled epochs; targets are then `Mixed`
+        prefetch:int=0,    # batches made ahead by a thread; 0 = when asked for
+        resident:bool|None=None): # keep all pixels in the device's memory; None = on a GPU, if they fit
         self.pack, self.seed, self.augment, self.views, self.device = pack, seed, augment, views, torch.device(device)
         self.sampler, self.mix, self.prefetch = sampler, mix, prefetch
         self.labels = torch.from_numpy(pack.labels)
-        self.pixels = torch.from_numpy(np.array(pack.pixels)).to(self.device) if _fits(pack, self.device) else None
+        resident = _fits(pack, self.device) if resident is None else resident
+        self.pixels = torch.from_numpy(np.array(pack.pixels)).to(self.device) if resident else None
 
     def view_of(self, epoch:int # epoch, from 0
                )->int:          # the view trained on in that epoch
@@ -60,7 +62,9 @@ class Feeder:
     def _batch(self, r, views, mixing): # r: row numbers; views, mixing: random numbers of every row, or None
         x, y = self._gather(r), self.labels[r].to(self.device)
         if views is not None: x = augment_batch(x, torch.from_numpy(views[r]).to(self.device), self.augment)
-        if mixing is not None: x, y = mix_batch(x, y, mixing[r], self.mix)
+        if mixing is not None:
+            x, share = mix_pictures(x, mixing[r], self.mix)
+            y = Mixed(y, y.flip(0), share)
         return x.contiguous(memory_format=torch.channels_last), y, r
 
     def batches(self, rows:np.ndarray, # row numbers
@@ -68,7 +72,7 @@ class Feeder:
                 epoch:int|None=None,   # shuffle by this epoch; None = in order
                 view:int|None=None     # augment with this view; None = plain
                ):
-        "Yield (input, label ids or mixed targets, row numbers)."
+        "Yield (input, label ids or `Mixed`, row numbers); a mixed picture's partner stands in reverse order."
         if epoch is not None: rows = self.order(rows, epoch)
         views = draw_views(len(self.pack), self.seed, view) if view is not None and self.augment else None
         mixing = draw_mix(len(self.pack), self.seed, epoch) if epoch is not None and self.mix else None

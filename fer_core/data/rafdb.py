@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..artifacts import FerError
-from .adapter import Files, Found, first_file, first_folder, lines_of, soft_label, text_of
+from .adapter import Files, Found, box_of, first_file, first_folder, held, lines_of, soft_label, text_of
 
 # %% auto #0
 __all__ = ['COMPOUND', 'RAFML', 'read_rafdb_basic', 'read_rafdb_compound', 'read_rafml']
@@ -22,17 +22,21 @@ def _join(*parts): return '/'.join(p for p in parts if p)
 
 def _pictures(root, top):
     "(files, whether they are aligned faces)."
-    for folder in ('Image/aligned', 'aligned', 'Image/original', 'original', 'Image', ''):
+    for folder in ('Image/aligned', 'aligned', 'Image/original', 'original'):
         if (Path(root)/top/folder).is_dir(): return Files(root, _join(top, folder)), 'original' not in folder
-    raise FerError('missing_file', f'{Path(root)/top} has no Image/aligned and no Image/original', 'unpack aligned.zip or original.zip beside EmoLabel')
+    for folder in ('Image', ''): # pictures beside the list
+        if any(p.suffix.lower() in ('.jpg', '.jpeg', '.png') for p in (Path(root)/top).glob(f'{folder}/*' if folder else '*')): return Files(root, _join(top, folder)), True
+    raise FerError('missing_file', f'{Path(root)/top} has no Image/aligned and no Image/original. It holds {held(Path(root)/top)}', 'unpack aligned.zip or original.zip beside EmoLabel')
 
 def _box_of(root, top, stem, found, where):
-    "x y w h from the published corners; '' where no box is given, None after a problem."
-    file = first_file(root, *(_join(top, d, f'{stem}_boundingbox.txt') for d in ('Annotation/boundingbox', 'boundingbox')))
-    if file is None: return ''
+    "x y w h from the published corners; '' where no boxes are given, None after a problem."
+    folder = first_folder(root, *(_join(top, d) for d in ('Annotation/boundingbox', 'boundingbox')))
+    if not folder: return ''
+    file = f'{folder}/{stem}_boundingbox.txt'
     try: x1, y1, x2, y2 = (float(v) for v in text_of(root, file).replace(',', ' ').split()[:4])
     except ValueError: return found.bad('bad_parameter', where, f'{file} holds no four numbers')
-    return f'{round(x1)} {round(y1)} {round(x2 - x1)} {round(y2 - y1)}'
+    except FerError: return found.bad('missing_file', where, f'{file} is not there, is empty or may not be read')
+    return box_of((x1, y1, x2 - x1, y2 - y1), where, found)
 
 def _split_of(name): return {'train': 'train', 'test': 'test'}.get(name.split('_')[0])
 
@@ -48,7 +52,7 @@ def _place(root, top, files, aligned, name, found, where):
 def _listed(root, part, source, names=None):
     top = _under(root, part)
     name = first_file(root, *(_join(top, n) for n in _LISTS))
-    if name is None: raise FerError('missing_file', f'{Path(root)/top} has no EmoLabel/list_patition_label.txt', f'point at the folder that holds EmoLabel and Image, or {part} above them')
+    if name is None: raise FerError('missing_file', f'{Path(root)/top} has no EmoLabel/list_patition_label.txt. It holds {held(Path(root)/top)}', f'point at the folder that holds EmoLabel and Image, or {part} above them')
     files, aligned = _pictures(root, top)
     found = Found(source)
     for k, (picture, raw) in lines_of(root, name, 2, found):
@@ -56,7 +60,7 @@ def _listed(root, part, source, names=None):
         if split is None: found.bad('bad_parameter', where, f'{picture!r} begins with neither train_ nor test_'); continue
         label = found.label(source, raw, where, names)
         place = label and _place(root, top, files, aligned, picture, found, where)
-        if place: found.add(picture.rpartition('.')[0], path=place[0], box=place[1], label=label, split=split, usage=split)
+        if place: found.add(picture.rpartition('.')[0], where, path=place[0], box=place[1], label=label, split=split, usage=split)
     return found.table()
 
 # %% ../../nbs/data/rafdb.ipynb #c006
@@ -80,7 +84,12 @@ RAFML = ('surprise', 'fear', 'disgust', 'happy', 'sad', 'angry')  # columns of d
 def _parts(root, top, found):
     "Picture -> split of the partition list, if there is one."
     name = first_file(root, *(_join(top, n) for n in ('EmoLabel/partition_label.txt', 'partition_label.txt')))
-    return {p: {'0': 'train', '1': 'test', 'train': 'train', 'test': 'test'}.get(v) for _, (p, v) in lines_of(root, name, 2, found)} if name else {}
+    if not name: return {}
+    side = Found('rafml')  # its lines are no records
+    parts = {p: {'0': 'train', '1': 'test', 'train': 'train', 'test': 'test'}.get(v) for _, (p, v) in lines_of(root, name, 2, side)}
+    found.problems += side.problems
+    found.records += len(side.problems)
+    return parts
 
 def read_rafml(root,             # folder with EmoLabel and Image, or with `RAF-ML` above them
                margin:float=.1   # least lead of the largest share over the second
@@ -88,7 +97,7 @@ def read_rafml(root,             # folder with EmoLabel and Image, or with `RAF-
     "RAF-ML, multi-label faces with a leading emotion."
     top = _under(root, 'RAF-ML')
     name = first_file(root, *(_join(top, n) for n in ('EmoLabel/distribution.txt', 'distribution.txt')))
-    if name is None: raise FerError('missing_file', f'{Path(root)/top} has no EmoLabel/distribution.txt', 'point at the folder that holds EmoLabel and Image')
+    if name is None: raise FerError('missing_file', f'{Path(root)/top} has no EmoLabel/distribution.txt. It holds {held(Path(root)/top)}', 'point at the folder that holds EmoLabel and Image')
     files, aligned = _pictures(root, top)
     found = Found('rafml')
     parts = _parts(root, top, found)
@@ -99,7 +108,7 @@ def read_rafml(root,             # folder with EmoLabel and Image, or with `RAF-
         if not np.isfinite(share).all() or (share < 0).any() or share.sum() == 0: found.bad('unknown_label', where, 'the distribution is not six shares'); continue
         split = parts.get(picture) or _split_of(picture) or 'train'
         second, first = np.sort(share/share.sum())[-2:]
-        if first - second < margin - 1e-9: found.drop(f'no class leads by {margin:g}'); continue
+        if first - second < margin - 1e-9: found.drop(f'no class leads by {margin:g}', where); continue
         place = _place(root, top, files, aligned, picture, found, where)
-        if place: found.add(picture.rpartition('.')[0], path=place[0], box=place[1], label=RAFML[int(share.argmax())], split=split, usage=split if picture in parts else '', soft_label=soft_label(dict(zip(RAFML, share))))
+        if place: found.add(picture.rpartition('.')[0], where, path=place[0], box=place[1], label=RAFML[int(share.argmax())], split=split, usage=split if picture in parts else '', soft_label=soft_label(dict(zip(RAFML, share))))
     return found.table()

@@ -4,18 +4,21 @@
 
 # %% ../../nbs/data/sources.ipynb #c002
 from __future__ import annotations
+import os
 from pathlib import Path
 import pandas as pd
 from ..artifacts import FerError
+from .adapter import held
 from .affectnet import read_affectnet
 from .expw import read_expw
 from .fer2013 import CSVS, read_fer2013, read_ferplus
 from .folders import MAP, SPLIT_NAMES, read_columns, read_csv, read_folder, read_synthetic, subfolders
+from .images import file_part, regular_file
 from .rafdb import read_rafdb_basic, read_rafdb_compound, read_rafml
 from ..labels import CLASSES, MAPS
 
 # %% auto #0
-__all__ = ['ADAPTERS', 'DRAWN', 'facts_of', 'detect_source', 'read', 'against_published']
+__all__ = ['ADAPTERS', 'DRAWN', 'facts_of', 'detect_source', 'read', 'pictures_there', 'against_published']
 
 # %% ../../nbs/data/sources.ipynb #c004
 _FER = 'Goodfellow et al. (2013), Challenges in Representation Learning: A report on three machine learning contests, ICONIP'
@@ -70,32 +73,49 @@ _SIGNS = (('csv', lambda r: (r/MAP).is_file()),
           ('expw', lambda r: _any(r, 'label.lst', 'label/label.lst')),
           ('folder', lambda r: bool({p.name.lower() for p in subfolders(r)} & (set(SPLIT_NAMES) | set(MAPS['folder'])))))  # the first that fits
 
+def _fits(root): return next((s for s, sign in _SIGNS if sign(root)), None)
+
+def _beside(root):
+    "A folder below or above that has a known layout, as (folder, source)."
+    near = [*subfolders(root)[:30], root.absolute().parent, root.absolute().parent.parent]
+    return next(((p, s) for p in near if p.is_dir() and os.access(p, os.R_OK) and (s := _fits(p))), None)
+
 def detect_source(root # folder of a dataset
                  )->str: # a key of `ADAPTERS`
     "Which dataset a folder holds, by its layout; FERPlus labels must be asked for by name."
     root = Path(root)
-    if not root.is_dir(): raise FerError('missing_file', f'{root} is not a folder')
-    source = next((s for s, sign in _SIGNS if sign(root)), None)
-    if source: return source
-    there = sorted(p.name + '/'*p.is_dir() for p in root.iterdir())
-    seen = ', '.join(there[:6]) + (f' and {len(there) - 6:,} more' if len(there) > 6 else '') or 'nothing'
+    if not root.is_dir(): raise FerError('missing_file', f'{root} is not a folder', 'give the folder of a dataset')
+    if source := _fits(root): return source
     wanted = '; '.join(f'{s}: {ADAPTERS[s]["layout"]}' for s, _ in _SIGNS if s not in ('synthetic',))
-    raise FerError('missing_file', f'{root} has the layout of no known dataset. It holds {seen}. Looked for {wanted}', 'point at the folder that holds these, or describe your table in columns.json')
+    mend = f'did you mean {found[0]} ({found[1]})?' if (found := _beside(root)) else 'point at the folder that holds these, or describe your table in columns.json'
+    raise FerError('missing_file', f'{root} has the layout of no known dataset. It holds {held(root)}. Looked for {wanted}', mend)
 
+# %% ../../nbs/data/sources.ipynb #c007b
 def read(source:str, # a key of `ADAPTERS`, or 'auto'
          root,       # folder of the dataset, as published
          strict:bool=True # a broken record ends the reading; False lists it in `.attrs['problems']`
-        )->pd.DataFrame: # manifest columns; what was dropped and why in `.attrs['dropped']`
+        )->pd.DataFrame: # manifest columns and `at`; what was dropped and why in `.attrs['dropped']`
     "Rows of a published dataset."
-    if not Path(root).is_dir(): raise FerError('missing_file', f'{root} is not a folder')
+    if not Path(root).is_dir(): raise FerError('missing_file', f'{root} is not a folder', 'give the folder of a dataset')
     source = detect_source(root) if source == 'auto' else source
     if source not in ADAPTERS: raise FerError('bad_parameter', f'source {source!r} is none of {", ".join(ADAPTERS)}', "name one of them, or 'auto'")
     df = ADAPTERS[source]['read'](root)
     problems = df.attrs.get('problems', [])
-    if strict and problems:
+    if problems and (strict or not len(df)):
         more = f' (and {len(problems) - 1:,} more problems)' if len(problems) > 1 else ''
-        raise FerError(problems[0].code, f'{problems[0].where}: {problems[0].message}{more}', 'mend or remove it, or read with strict=False, which leaves broken records out and lists them')
+        mend = 'mend or remove it; with strict=false broken records are left out and listed' if len(df) else f'no record of {source} is whole: check that this is the dataset and that it is unpacked'
+        raise FerError(problems[0].code, f'{problems[0].where}: {problems[0].message}{more}', mend)
     return df
+
+def pictures_there(df:pd.DataFrame, # rows as `read` gives them
+                   source:str, root # a key of `ADAPTERS`, its folder
+                  ): # nothing, or an error
+    "A list of pictures none of which is there is a wrong or half-extracted folder."
+    for path in df['path']:
+        try: return regular_file(root, file_part(path)[0])
+        except FerError as e:
+            if not e.what.endswith('is not there'): return
+    raise FerError('missing_file', f'none of the {len(df):,} pictures that {source} lists is in {root}, first {df["path"].iloc[0]} ({df["at"].iloc[0]}). It holds {held(root)}. Expected: {ADAPTERS[source]["layout"]}', 'unpack the pictures as well, or point at the folder above')
 
 # %% ../../nbs/data/sources.ipynb #c009
 def against_published(df:pd.DataFrame, # rows as `read` gives them

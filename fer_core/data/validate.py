@@ -4,21 +4,23 @@
 
 # %% ../../nbs/data/validate.ipynb #c002
 from __future__ import annotations
+import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 import numpy as np, pandas as pd
 from ..artifacts import FerError
+from .aligned import aligned_pairs
 from .fingerprint import NEAR, Prints, near_pairs
 from .manifest import SPLITS, class_priors, read_manifest
 from .adapter import COLUMNS, Problem
-from .images import inside, root_of
+from .images import file_part, regular_file, root_of
 from .prints import decode_rows, row_name
 from .sources import DRAWN
 from ..labels import CLASSES
 
 # %% auto #0
-__all__ = ['SHIFT', 'Report', 'prior_shifts', 'photo_pairs', 'validate']
+__all__ = ['SHIFT', 'Report', 'prior_shifts', 'photo_pairs', 'box_pairs', 'traced', 'validate']
 
 # %% ../../nbs/data/validate.ipynb #c004
 @dataclass
@@ -36,13 +38,13 @@ class Report:
     def to_dict(self)->dict:
         "The report as JSON-like data."
         return {'ok': self.ok, 'n': self.n, 'decoded': self.decoded, 'by_code': dict(sorted(Counter(p.code for p in self.problems).items())),
-                'problems': [asdict(p) for p in self.problems], 'warnings': [asdict(p) for p in self.warnings], 'prior_shifts': self.shifts}
+                'problems': [p.to_dict() for p in self.problems], 'warnings': [p.to_dict() for p in self.warnings], 'prior_shifts': self.shifts}
 
     def raise_if_bad(self):
         "Raise the first problem as an error that says how many there are."
         if self.ok: return self
         p, more = self.problems[0], len(self.problems) - 1
-        raise FerError(p.code, f'{p.where}: {p.message}' + (f' (and {more:,} more problems)' if more else ''))
+        raise FerError(p.code, f'{p.where}: {p.message}' + (f' (and {more:,} more problems)' if more else ''), p.cure())
 
     def __repr__(self):
         head = f'{"ok" if self.ok else "NOT ok"}: {self.n:,} rows, {self.decoded:,} pictures decoded, {len(self.problems):,} problems, {len(self.warnings):,} warnings'
@@ -66,14 +68,13 @@ def _check_soft(df):
 def _check_paths(df, root):
     seen = {}
     for i, (path, source) in enumerate(zip(df['path'].astype(str), df['source'].astype(str))):
-        key = source, path.rpartition('#')[0] if '.csv#' in path else path
+        key = source, file_part(path)[0]
         if key not in seen: seen[key] = _path_problem(root_of(root, source), key[1])
-        if seen[key]: yield Problem(seen[key][0], row_name(df, i), seen[key][1])
+        if seen[key]: yield replace(seen[key], where=row_name(df, i))
 
 def _path_problem(root, file):
-    try: real = inside(root, file)
-    except FerError as e: return e.code, e.what
-    return None if real.is_file() else ('missing_file', f'{file} is not there')
+    try: regular_file(root, file)
+    except FerError as e: return Problem(e.code, '', e.what, e.mend)
 
 # %% ../../nbs/data/validate.ipynb #c009
 def _missing_classes(df):
@@ -82,7 +83,7 @@ def _missing_classes(df):
         if split != 'train' and not len(rows): yield split, Problem('missing_file', split, 'the split has no rows')
         else:
             for c in CLASSES:
-                if not (rows == c).any(): yield split, Problem('missing_file', split, f'no row of class {c}')
+                if not (rows == c).any(): yield split, Problem('missing_file', split, f'no row of class {c}', 'add training pictures of that class; what left the dataset and why is in the lists of what was dropped')
 
 SHIFT = .1  # total variation between class priors from which on it is a warning
 
@@ -120,9 +121,21 @@ def photo_pairs(source,          # (n,) source of each row
     pairs = near_pairs(prints, near)
     return pairs[~drawn[pairs].all(1)]
 
+def box_pairs(source,         # (n,) source of each row
+              prints:Prints,  # fingerprints of the rows
+              near:int|None,  # None = none are sought
+              progress=None   # called with (done, total, text)
+             )->np.ndarray:   # (k, 2) rows i < j
+    "Pairs from one photo in two face boxes, if faces were sought; not between drawn pictures."
+    if near is None or not prints.face.shape[1]: return np.zeros((0, 2), int)
+    _, first = np.unique(prints.sha256, return_index=True)  # exact copies are found by their hash
+    rows = np.sort(first[~np.isin(np.asarray(source, str)[first], DRAWN)])
+    return rows[aligned_pairs(prints.face[rows], progress=progress)]
+
 def _check_near(df, rows, prints, near, pairs):
-    split = df['split'].to_numpy()
-    for i, j in rows[photo_pairs(df['source'].to_numpy()[rows], prints, near)] if pairs is None else pairs:
+    split, source = df['split'].to_numpy(), df['source'].to_numpy()[rows]
+    if pairs is None: pairs = rows[np.concatenate([photo_pairs(source, prints, near), box_pairs(source, prints, near)])]
+    for i, j in pairs:
         if split[i] != split[j]: yield Problem('split_leakage', row_name(df, j), f'in {split[j]}, a near-duplicate of {row_name(df, i)} in {split[i]}')
 
 # %% ../../nbs/data/validate.ipynb #c013
@@ -130,6 +143,18 @@ def _check_hashes(df, rows, prints):
     recorded = df['sha256'].to_numpy()[rows]
     for k in np.flatnonzero((recorded != '') & (recorded != prints.sha256)):
         yield Problem('hash_mismatch', row_name(df, rows[k]), f'the pixels of {df["path"].iloc[rows[k]]} differ from the recorded sha256')
+
+# %% ../../nbs/data/validate.ipynb #c013c
+def traced(problems,       # of `validate` or `decode_rows`
+           df:pd.DataFrame # the table they are about, with `at`
+          )->list:         # the same, each under the file and line its record stands in
+    "Problems under the place their records were read from."
+    def place(p):
+        k = int(p.where.split()[1]) - 2 if re.match(r'row \d+ \(', p.where) else len(df)
+        if k >= len(df) or row_name(df, k) != p.where: return p
+        at, id = df['at'].iat[k], df['id'].iat[k]
+        return replace(p, where=at if id.endswith(f'/{at}') else f'{at} ({id})')
+    return [place(p) for p in problems]
 
 # %% ../../nbs/data/validate.ipynb #c014
 def _load(manifest):
@@ -144,7 +169,8 @@ def validate(manifest,            # DataFrame, or path of a manifest CSV
              near:int|None=NEAR,  # greatest Hamming distance of near-duplicates; None = only exact copies
              prints:Prints|None=None, # fingerprints of all rows, if they were just made: nothing is decoded
              progress=None,       # called with (done, total, text)
-             pairs=None           # (k, 2) rows that show one photo, if they were just sought
+             pairs=None,          # (k, 2) rows that show one photo, if they were just sought
+             detector=None        # face detector: seek copies in other face boxes as well, about 10 ms a picture
             )->Report:            # `.ok`, `.problems`, `.warnings`
     "Check a manifest against its pictures; collects every problem."
     df = _load(manifest)
@@ -155,7 +181,7 @@ def validate(manifest,            # DataFrame, or path of a manifest CSV
     if prints is None:
         want = rows if sample is None or sample >= len(df) else np.linspace(0, len(df) - 1, sample).astype(int)
         bad = {p.where for p in paths}
-        prints, rows, problems = decode_rows(df, root, [i for i in want if not bad or row_name(df, i) not in bad], progress)
+        prints, rows, problems = decode_rows(df, root, [i for i in want if not bad or row_name(df, i) not in bad], progress, detector=detector)
         report.problems, report.decoded = report.problems + problems, len(prints)
     report.problems += _check_hashes(df, rows, prints)
     _check_leakage(df, rows, prints, near, report, pairs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch, torch.nn.functional as F
 from torch import Tensor
 from ..artifacts import FerError
+from ..data.augment import Mixed
 from .kd import matched
 
 # %% auto #0
@@ -35,15 +36,19 @@ def dkd_terms(student:Tensor, # (n, C) logits
 
 # %% ../../nbs/distill/dkd.ipynb #c010
 def dkd_loss(student:Tensor, # (n, C) logits
-             teacher:Tensor, # (n, C) logits, taken as constant
-             target:Tensor,  # (n,) class ids
+             teacher:Tensor, # (n, C) logits, taken as constant; of mixed pictures those of `mixed_teacher`
+             target:Tensor,  # (n,) class ids, or `Mixed`
              alpha:float=1., # weight of TCKD
              beta:float=8.,  # weight of NCKD
-             T:float=4.      # temperature, > 0
+             T:float=4.,     # temperature, > 0
+             sample:Tensor|None=None # (n,) weights of the rows, mean 1 over an epoch
             )->Tensor:       # scalar
     "(α·TCKD + β·NCKD)·T², mean over the batch."
-    tckd, nckd = dkd_terms(student, teacher, target, T)
-    return (alpha*tckd + beta*nckd).mean()*T**2
+    def each(y):
+        tckd, nckd = dkd_terms(student, teacher, y, T)
+        return alpha*tckd + beta*nckd
+    loss = target.share*each(target.first) + (1 - target.share)*each(target.second) if isinstance(target, Mixed) else each(target)
+    return (loss if sample is None else sample*loss).mean()*T**2
 
 # %% ../../nbs/distill/dkd.ipynb #c016
 def dkd_warmup(epoch:float, # the current epoch, from 1

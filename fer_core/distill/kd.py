@@ -9,7 +9,7 @@ from torch import Tensor
 from ..artifacts import FerError
 
 # %% auto #0
-__all__ = ['matched', 'kd_loss']
+__all__ = ['matched', 'kd_loss', 'mixed_teacher']
 
 # %% ../../nbs/distill/kd.ipynb #c004
 def matched(student:Tensor, # (n, C) logits
@@ -25,8 +25,19 @@ def matched(student:Tensor, # (n, C) logits
 # %% ../../nbs/distill/kd.ipynb #c007
 def kd_loss(student:Tensor, # (n, C) logits
             teacher:Tensor, # (n, C) logits, taken as constant
-            T:float=4.      # temperature, > 0; 2 to 4, low for a label-smoothed teacher
+            T:float=4.,     # temperature, > 0; 2 to 4, low for a label-smoothed teacher
+            sample:Tensor|None=None # (n,) weights of the rows, mean 1 over an epoch
            )->Tensor:       # scalar
     "T² · KL(teacher ‖ student) at temperature T, mean over the batch."
     s, t = matched(student, teacher.detach(), T)
-    return T**2 * F.kl_div(F.log_softmax(s, 1), F.log_softmax(t, 1), reduction='batchmean', log_target=True)
+    if sample is None: return T**2 * F.kl_div(F.log_softmax(s, 1), F.log_softmax(t, 1), reduction='batchmean', log_target=True)
+    return T**2 * (sample*F.kl_div(F.log_softmax(s, 1), F.log_softmax(t, 1), reduction='none', log_target=True).sum(1)).mean()
+
+# %% ../../nbs/distill/kd.ipynb #c008c
+def mixed_teacher(teacher:Tensor, # (n, C) logits of a batch's own pictures
+                  share:Tensor,   # (n,) λ, the share of the own picture; the rest is the batch in reverse order
+                  T:float=4.      # temperature, > 0
+                 )->Tensor:       # (n, C) logits
+    "Logits whose softmax at T is the mix of the pictures' softmax at T."
+    log_p, share = F.log_softmax(matched(teacher, teacher, T)[1], 1), share[:, None]
+    return T*torch.logaddexp(share.log() + log_p, (1 - share).log() + log_p.flip(0))

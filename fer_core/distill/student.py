@@ -4,21 +4,22 @@
 
 # %% ../../nbs/distill/student.ipynb #c002
 from __future__ import annotations
+from dataclasses import asdict
 from pathlib import Path
 import torch
 from ..artifacts import FerError, Run, parent, parent_folder, read_json
-from ..data.loader import Augment, Feeder
+from ..data.loader import Augment, Feeder, Mixed, make_mix
 from ..data.samplers import make_sampler
 from ..data.preprocess import Preprocess
 from .dkd import dkd_loss, dkd_warmup
-from .kd import kd_loss
+from .kd import kd_loss, mixed_teacher
 from ..evaluate.gates import phase_adopted, rarest
 from ..models.backbones import ModelConfig, load_model, model_size, with_projector
 from ..teach.softlabels import SoftLabels, read_softlabels
-from ..teach.teacher import device, hard_label_objective, match_data, open_data, start_model
+from ..teach.teacher import device, hard_label_objective, match_data, open_data, row_weights, start_model
 from ..train.judge import judge_model
 from ..train.loop import TrainConfig, choose_precision, fit
-from ..train.losses import ce_loss, prior_weights
+from ..train.losses import ce_loss, prior_weights, weigh
 
 # %% auto #0
 __all__ = ['PHASES', 'OF_THE_MODEL', 'hint_loss', 'kd_objective', 'dkd_objective', 'adopted_run', 'started_from', 'adoption',
@@ -26,37 +27,50 @@ __all__ = ['PHASES', 'OF_THE_MODEL', 'hint_loss', 'kd_objective', 'dkd_objective
 
 # %% ../../nbs/distill/student.ipynb #c004
 def hint_loss(h:torch.Tensor, # (n, width) the projector's guess
-              t:torch.Tensor  # (n, width) the teacher's embedding in the exported basis
+              t:torch.Tensor, # (n, width) the teacher's embedding in the exported basis
+              sample:torch.Tensor|None=None # (n,) weights of the rows
              )->torch.Tensor: # scalar
     "Mean squared distance; 1 is what guessing the mean costs."
-    return (h - t).square().sum(1).mean()
+    far = (h - t).square().sum(1)
+    return (far if sample is None else sample*far).mean()
 
-def _said(net, x, soft, view, rows, hint):
+def _refuse_hint(hint): raise FerError('bad_parameter', f'hint={hint:g} beside mixed pictures: the teacher has no embedding of them', 'pass hint=0, or mixup=0 and cutmix=0')
+
+def _said(net, x, y, soft, view, rows, hint, sample):
     "The student's logits, and the hint loss times its weight."
     if not hint: return net(x).float(), 0.
+    if isinstance(y, Mixed): _refuse_hint(hint)
     z, h = net.regress(x)
-    return z.float(), hint*hint_loss(h.float(), soft.hints[view, rows].to(h.device).float())
+    return z.float(), hint*hint_loss(h.float(), soft.hints[view, rows].to(h.device).float(), sample)
+
+def _taught(y, soft, view, rows, T, device):
+    "The teacher's logits of a batch, mixed where its pictures are."
+    t = soft.views[view, rows].to(device)
+    return mixed_teacher(t, y.share, T) if isinstance(y, Mixed) else t
 
 def kd_objective(soft:SoftLabels, # teacher logits by view and row
                  view_of,         # f(epoch) -> view
                  T:float,         # temperature
                  alpha:float,     # weight of the soft part, 0..1
                  smoothing:float=0., weights=None, # of the hard part
-                 hint:float=0.):  # weight of the hint loss
+                 hint:float=0.,   # weight of the hint loss
+                 sample=None):    # (n,) weights of the pack's rows or None
     "(1 - alpha) CE + alpha KD + hint · distance to the teacher's embedding."
     def objective(net, x, y, rows, epoch):
-        z, more = _said(net, x, soft, view_of(epoch), rows, hint)
-        return (1 - alpha)*ce_loss(z, y, smoothing, weights) + alpha*kd_loss(z, soft.views[view_of(epoch), rows].to(z.device), T) + more
+        y, of_rows = weigh(y, sample, rows)
+        z, more = _said(net, x, y, soft, view_of(epoch), rows, hint, of_rows)
+        return (1 - alpha)*ce_loss(z, y, smoothing, weights, of_rows) + alpha*kd_loss(z, _taught(y, soft, view_of(epoch), rows, T, z.device), T, of_rows) + more
     return objective
 
 def dkd_objective(soft:SoftLabels, view_of, # as above
                   T:float, alpha:float, beta:float, # temperature, weights of TCKD and NCKD
                   warmup:int,                       # epochs over which distillation rises
-                  smoothing:float=0., weights=None, hint:float=0.):
+                  smoothing:float=0., weights=None, hint:float=0., sample=None):
     "CE + warm-up · DKD + hint · distance to the teacher's embedding."
     def objective(net, x, y, rows, epoch):
-        z, more = _said(net, x, soft, view_of(epoch), rows, hint)
-        return ce_loss(z, y, smoothing, weights) + dkd_warmup(epoch + 1, warmup)*dkd_loss(z, soft.views[view_of(epoch), rows].to(z.device), y, alpha, beta, T) + more
+        y, of_rows = weigh(y, sample, rows)
+        z, more = _said(net, x, y, soft, view_of(epoch), rows, hint, of_rows)
+        return ce_loss(z, y, smoothing, weights, of_rows) + dkd_warmup(epoch + 1, warmup)*dkd_loss(z, _taught(y, soft, view_of(epoch), rows, T, z.device), y, alpha, beta, T, of_rows) + more
     return objective
 
 # %% ../../nbs/distill/student.ipynb #c007
@@ -92,16 +106,33 @@ def adoption(run:Run, # this phase's run
 PHASES = ('ce', 'kd', 'dkd')
 OF_THE_MODEL = ('backbone', 'head', 'output_stride', 'dropout', 'weights_mean', 'weights_std') # parameters that a later phase takes from its model
 
+def _check(phase, before, softlabels, hint, mix):
+    if phase not in PHASES: raise FerError('bad_parameter', f'phase {phase!r} is none of {PHASES}')
+    if phase == 'ce': return
+    if not (before and softlabels): raise FerError('bad_parameter', f'phase {phase} needs the run before it and soft labels', "pass before=RUN and softlabels=RUN")
+    if hint and mix: _refuse_hint(hint)
+
 def _soft_labels(folder, pack, hints):
     soft = read_softlabels(folder, pack, hints)
     if not len(soft.views): raise FerError('bad_parameter', f'{folder} holds no augmented views', 'run the ensemble stage with views=8')
     return soft
 
-def _phase_objective(phase, soft, feed, weights, p):
-    if phase == 'ce': return hard_label_objective(p['smoothing'], weights)
-    if phase == 'kd': return kd_objective(soft, feed.view_of, p['T'], p['alpha'], p['smoothing'], weights, p['hint'])
-    return dkd_objective(soft, feed.view_of, p['T'], p['dkd_alpha'], p['dkd_beta'], p['dkd_warmup'], p['smoothing'], weights, p['hint'])
+def _standing_model(run, before, softlabels, spec, soft, hint, seed):
+    "The model that stands, for a later phase to go on from, and a report of it."
+    stands = adopted_run(before)
+    model, its_spec, _ = load_model(stands)
+    if its_spec != spec: raise FerError('bad_parameter', f'{stands.name} was trained with another preprocessing than this phase', f'pass the same size and CLAHE: {its_spec}')
+    if hint and model.config.hint != soft.hints.shape[-1]: model = with_projector(model, soft.hints.shape[-1], seed)
+    run.record(parameters={k: getattr(model.config, k) for k in OF_THE_MODEL}) # its own, not the stage's defaults
+    run.record(parents={'before': parent(stands, 'best.safetensors'), 'softlabels': parent(softlabels, 'softlabels.npz')})
+    return model, {'pretrained': str(stands)}
 
+def _phase_objective(phase, soft, feed, weights, p, sample):
+    if phase == 'ce': return hard_label_objective(p['smoothing'], weights, sample)
+    if phase == 'kd': return kd_objective(soft, feed.view_of, p['T'], p['alpha'], p['smoothing'], weights, p['hint'], sample)
+    return dkd_objective(soft, feed.view_of, p['T'], p['dkd_alpha'], p['dkd_beta'], p['dkd_warmup'], p['smoothing'], weights, p['hint'], sample)
+
+# %% ../../nbs/distill/student.ipynb #c010
 def train_student(run:Run,            # run folder
                   data,               # curated data folder
                   phase:str,          # 'ce', 'kd' or 'dkd'
@@ -115,29 +146,27 @@ def train_student(run:Run,            # run folder
                   pretrained:str='none', # 'none', 'hub' or a weights file (ce)
                   resume_from:str='', # last.ckpt of another run to continue
                   donor:str='',       # timm name of a larger network whose weights `pretrained` holds, to be inherited (ce)
-                  sampler:str='none'  # rows of an epoch: 'none' = each once, or 'sqrt', 'balanced', 'effective'
+                  sampler:str='none', # rows of an epoch: 'none' = each once, or 'sqrt', 'balanced', 'effective'
+                  mixup:float=0.,     # α of MixUp, 0 = off
+                  cutmix:float=0.,    # α of CutMix, 0 = off
+                  sample_weights:str='' # CSV with id, label, weight of training rows; '' = none
                  )->tuple[dict, list]: # metrics by set, history
     "Train one phase, judge it, decide on its adoption."
-    if phase not in PHASES: raise FerError('bad_parameter', f'phase {phase!r} is none of {PHASES}')
-    if phase != 'ce' and not (before and softlabels): raise FerError('bad_parameter', f'phase {phase} needs the run before it and soft labels', "pass before=RUN and softlabels=RUN")
     p = {'smoothing': .1, 'class_power': 0., 'T': 2., 'alpha': .5, 'dkd_alpha': 1., 'dkd_beta': 4., 'dkd_warmup': 5, 'hint': 0.} | (loss or {})
+    sampler, mix = make_sampler(sampler), make_mix(mixup, cutmix)
+    _check(phase, before, softlabels, p['hint'], mix)
     pack = open_data(run, data, spec)
     soft = _soft_labels(softlabels, pack, bool(p['hint'])) if phase != 'ce' else None
+    of_rows, bound = row_weights(run, sample_weights, pack)
     view = (cfg.seed, augment) if phase == 'ce' else (soft.seed, soft.augment, len(soft.views))
-    feed = Feeder(pack, device(), *view, sampler=make_sampler(sampler))
+    feed = Feeder(pack, device(), *view, sampler=sampler, mix=mix)
     if phase == 'ce': model, report = start_model(match_data(config, spec, pretrained), feed, pretrained, cfg.seed, donor)
-    else:
-        stands = adopted_run(before)
-        model, its_spec, _ = load_model(stands)
-        if its_spec != spec: raise FerError('bad_parameter', f'{stands.name} was trained with another preprocessing than this phase', f'pass the same size and CLAHE: {its_spec}')
-        if p['hint'] and model.config.hint != soft.hints.shape[-1]: model = with_projector(model, soft.hints.shape[-1], cfg.seed)
-        report = {'pretrained': str(stands)}
-        run.record(parameters={k: getattr(model.config, k) for k in OF_THE_MODEL}) # its own, not the stage's defaults
-        run.record(parents={'before': parent(stands, 'best.safetensors'), 'softlabels': parent(softlabels, 'softlabels.npz')})
+    else: model, report = _standing_model(run, before, softlabels, spec, soft, p['hint'], cfg.seed)
     precision = choose_precision(cfg.precision, model.config.backbone, device())
     run.record(seeds={'train': cfg.seed}, compression=model_size(model, spec), reliability={'start': report, 'precision': precision})
+    if mix: run.record(reliability={'mixing': asdict(mix)})
     weights = prior_weights(pack.priors(), p['class_power']).to(device()) if p['class_power'] else None
-    history = fit(run, model, feed, _phase_objective(phase, soft, feed, weights, p), cfg, resume_from=resume_from or None)
+    history = fit(run, model, feed, _phase_objective(phase, soft, feed, weights, p, of_rows), cfg, resume_from=resume_from or None, bound=bound)
     best, _, _ = load_model(run.folder)
     metrics = judge_model(run, best.to(device()), feed, f'student_{phase}')
     if phase != 'ce': run.record(reliability={'adoption': adoption(run, phase, metrics, before)})

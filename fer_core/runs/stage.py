@@ -86,10 +86,11 @@ def find_run(root, # folder of runs
 
 def same_weights(folder,    # run folder
                  given:dict # resolved parameters
-                )->bool:    # also when no weights file is named
-    "Whether a run began from the weights that a file holds now."
-    path, began = Path(given.get('pretrained') or 'none'), _quiet(Path(folder)/'run.json').get('reliability', {}).get('start', {}).get('sha256')
-    return not (began and path.is_file()) or sha256_file(path) == began
+                )->bool:    # also when no such file is named
+    "Whether the files of starting weights and of sample weights hold what a run read from them."
+    m = _quiet(Path(folder)/'run.json')
+    began = {'pretrained': m.get('reliability', {}).get('start', {}).get('sha256'), 'sample_weights': m.get('parents', {}).get('sample_weights', {}).get('sha256')}
+    return all(sha256_file(given[k]) == sha for k, sha in began.items() if sha and Path(given.get(k) or 'none').is_file())
 
 def _quiet(path):
     try: return read_json(path)

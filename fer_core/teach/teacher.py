@@ -4,11 +4,12 @@
 
 # %% ../../nbs/teach/teacher.ipynb #c002
 from __future__ import annotations
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-import torch
+import numpy as np, torch
 from ..artifacts import FerError, Run, parent, sha256_file
-from ..data.loader import Augment, Feeder, Pack, open_pack
+from ..data.hard import train_weights
+from ..data.loader import Augment, Feeder, Mixed, Pack, make_mix, open_pack
 from ..data.samplers import make_sampler
 from ..data.preprocess import Preprocess
 from ..labels import CLASSES
@@ -17,10 +18,11 @@ from ..models.inherit import inherit_from
 from ..models.heads import margin_at
 from ..train.judge import judge_model
 from ..train.loop import TrainConfig, choose_precision, fit
-from ..train.losses import ce_loss, prior_weights
+from ..train.losses import ce_loss, prior_weights, weigh
 
 # %% auto #0
-__all__ = ['open_data', 'device', 'match_data', 'start_model', 'hard_label_objective', 'margin_schedule', 'train_teacher']
+__all__ = ['open_data', 'device', 'row_weights', 'match_data', 'start_model', 'training_logits', 'hard_label_objective',
+           'margin_schedule', 'train_teacher']
 
 # %% ../../nbs/teach/teacher.ipynb #c004
 def open_data(run:Run,         # run that reads the data
@@ -37,6 +39,20 @@ def open_data(run:Run,         # run that reads the data
 def device()->str: # 'cuda' where there is one, else 'cpu'
     "The device runs train on."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
+
+# %% ../../nbs/teach/teacher.ipynb #c004b
+def row_weights(run:Run,  # run that is trained with them
+                path:str, # CSV with id, label, weight; '' = none
+                pack:Pack # the data
+               )->tuple:  # (n,) float32 weights or None, and what the run's last.ckpt is bound to
+    "Read the weights of the training rows and record the file among the run's parents."
+    if not path: return None, ()
+    w = train_weights(path, pack.table)
+    entry = parent(Path(path).parent, Path(path).name) | {'id': Path(path).resolve().parent.name}
+    of_train = w[pack.rows('train')].astype(np.float64)
+    told = {'least': of_train.min(), 'greatest': of_train.max(), 'effective_rows': round(of_train.sum()**2/(of_train**2).sum(), 1)}
+    run.record(parents={'sample_weights': entry}, reliability={'sample_weights': told})
+    return None if (of_train == 1).all() else torch.from_numpy(w), (f'sample_weights {entry["sha256"]}',)
 
 # %% ../../nbs/teach/teacher.ipynb #c006
 def match_data(config:ModelConfig, # as asked for
@@ -69,11 +85,24 @@ def start_model(config:ModelConfig, # model
     return model, report
 
 # %% ../../nbs/teach/teacher.ipynb #c008
+def training_logits(net, # classifier
+                    x,   # (b, channels, side, side) input
+                    y    # (b,) class ids, or `Mixed`
+                   ):    # (b, 7) logits; a pair of them for mixed pictures under a margin
+    "Logits with the margin on the label, or on each of the two labels of mixed pictures."
+    if not isinstance(y, Mixed): return net(x, y)
+    if not getattr(net.head, 'margin', 0): return net(x)
+    e = net.dropout(net.embed(x))
+    return net.head(e, y.first), net.head(e, y.second)
+
 def hard_label_objective(smoothing:float=0., # label smoothing
-                         weights=None        # (7,) class weights or None
+                         weights=None,       # (7,) class weights or None
+                         sample=None         # (n,) weights of the pack's rows or None
                         ):                   # f(net, x, y, rows, epoch) -> loss
-    "Loss of a model trained on hard labels."
-    def objective(net, x, y, rows, epoch): return ce_loss(net(x, y), y, smoothing, None if weights is None else weights.to(y.device))
+    "Loss of a model trained on labels."
+    def objective(net, x, y, rows, epoch):
+        y, of_rows = weigh(y, sample, rows)
+        return ce_loss(training_logits(net, x, y), y, smoothing, None if weights is None else weights.to(x.device), of_rows)
     return objective
 
 def margin_schedule(m:float, warmup:int, ramp:int): # margin (radians), epochs without it, epochs of rise; gives f(model, epoch)
@@ -96,15 +125,21 @@ def train_teacher(run:Run,             # run folder
                   margin_ramp:int=3,   # epochs of its rise
                   flip:bool=True,      # judge with the mirror image averaged in (stated in metrics.json)
                   resume_from:str='',  # last.ckpt of another run to continue
-                  sampler:str='none'   # rows of an epoch: 'none' = each once, or 'sqrt', 'balanced', 'effective'
+                  sampler:str='none',  # rows of an epoch: 'none' = each once, or 'sqrt', 'balanced', 'effective'
+                  mixup:float=0.,      # α of MixUp, 0 = off
+                  cutmix:float=0.,     # α of CutMix, 0 = off
+                  sample_weights:str='' # CSV with id, label, weight of training rows; '' = none
                  )->tuple[dict, list]: # metrics by set, history
     "Train a teacher and judge it."
+    sampler, mix = make_sampler(sampler), make_mix(mixup, cutmix) # wrong ones are named before anything is packed
     pack = open_data(run, data, spec)
-    feed = Feeder(pack, device(), cfg.seed, augment, sampler=make_sampler(sampler))
+    of_rows, bound = row_weights(run, sample_weights, pack)
+    feed = Feeder(pack, device(), cfg.seed, augment, sampler=sampler, mix=mix)
     model, report = start_model(match_data(config, spec, pretrained), feed, pretrained, cfg.seed)
     precision = choose_precision(cfg.precision, config.backbone, device())
     run.record(seeds={'train': cfg.seed}, reliability={'start': report, 'precision': precision, 'flip_averaged': flip}, compression=model_size(model, spec))
+    if mix: run.record(reliability={'mixing': asdict(mix)})
     weights = prior_weights(pack.priors(), class_power) if class_power else None
-    history = fit(run, model, feed, hard_label_objective(smoothing, weights), cfg, margin_schedule(config.m, margin_warmup, margin_ramp), resume_from or None)
+    history = fit(run, model, feed, hard_label_objective(smoothing, weights, of_rows), cfg, margin_schedule(config.m, margin_warmup, margin_ramp), resume_from or None, bound)
     best, _, _ = load_model(run.folder)
     return judge_model(run, best.to(device()), feed, 'teacher', flip), history
