@@ -620,6 +620,20 @@ def test_the_command_line_names_every_source_and_fails_in_one_line(tmp_path):
     assert done.returncode == FAILURES['missing_file'].exit_code and len(done.stderr.strip().split('\n')) == 1 and '\x1b' not in done.stderr and 'two\\nlines' in done.stderr
 
 
+def test_a_curated_folder_that_was_tampered_with(tmp_path):
+    root, out = classes(tmp_path/'d'), tmp_path/'out'
+    curate(root, out, near=None)
+    from fer_core.data.manifest import data_roots
+    df = read_manifest(out/'classification_manifest.csv')
+    df.loc[[3, 5, 7], 'source'], df.loc[3, 'path'], df.loc[5, 'path'], df.loc[7, 'source'] = 'folder', '../../etc/passwd', 'train/happy', 'nobody'
+    report = validate(df, data_roots(out), near=None)
+    assert [(p.code, p.where.split(' (')[0]) for p in report.problems] == [('bad_parameter', 'row 5'), ('missing_file', 'row 7'), ('missing_file', 'row 9')]
+    refused(lambda: validate(df, root, sample=0), 'bad_parameter', 'sample of 0')
+    for text in ('[]', '{}', '{"roots": {}}'):
+        (out/'source.json').write_text(text)
+        refused(lambda: data_roots(out), 'corrupt_artifact', 'source.json names no folder')
+
+
 # -- the real thing ----------------------------------------------------------------------------------------------------------------
 
 def test_fer2013_and_ferplus_become_one_row_a_picture(tmp_path):
@@ -634,8 +648,11 @@ def test_fer2013_and_ferplus_become_one_row_a_picture(tmp_path):
 
 
 def test_pictures_without_a_face_score_nothing(tmp_path):
+    class Found: # stands in for detections: one face, its landmarks spread over the picture
+        def __init__(self, n, side): self.n, self.landmarks = n, [np.array([[.3, .4], [.7, .4], [.5, .6], [.35, .8], [.65, .8]])*side]
+        def __len__(self): return self.n
     class OnlyBright: # stands in for a detector
-        def detect(self, image): return [0] if image.mean() > 128 else []
+        def detect(self, image): return Found(int(image.mean() > 128), len(image))
     rng = np.random.default_rng(4)
     for c in CLASSES:
         for k in range(4): save(tmp_path/'d'/c/f'{k}.png', np.clip(rng.integers(40, 216, (48, 48)) + (40 if k % 2 else -40), 0, 255).astype(np.uint8))

@@ -93,4 +93,6 @@ def data_roots(data # curated data folder
               ): # folder of the dataset, or {source: folder}
     "Where the pictures of a curated folder lie."
     told = read_json(Path(data)/'source.json')
-    return told.get('roots') or told['root']
+    roots = told.get('roots') or told.get('root') if isinstance(told, dict) else None
+    if not roots: raise FerError('corrupt_artifact', f'{Path(data)/"source.json"} names no folder of pictures', 'curate again')
+    return roots

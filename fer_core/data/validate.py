@@ -69,11 +69,11 @@ def _check_paths(df, root):
     seen = {}
     for i, (path, source) in enumerate(zip(df['path'].astype(str), df['source'].astype(str))):
         key = source, file_part(path)[0]
-        if key not in seen: seen[key] = _path_problem(root_of(root, source), key[1])
+        if key not in seen: seen[key] = _path_problem(root, *key)
         if seen[key]: yield replace(seen[key], where=row_name(df, i))
 
-def _path_problem(root, file):
-    try: regular_file(root, file)
+def _path_problem(root, source, file):
+    try: regular_file(root_of(root, source), file)
     except FerError as e: return Problem(e.code, '', e.what, e.mend)
 
 # %% ../../nbs/data/validate.ipynb #c009
@@ -173,6 +173,7 @@ def validate(manifest,            # DataFrame, or path of a manifest CSV
              detector=None        # face detector: seek copies in other face boxes as well, about 10 ms a picture
             )->Report:            # `.ok`, `.problems`, `.warnings`
     "Check a manifest against its pictures; collects every problem."
+    if sample is not None and sample < 1: raise FerError('bad_parameter', f'a sample of {sample} pictures checks nothing', 'give 1 or more, or leave it out for all')
     df = _load(manifest)
     rows, report = np.arange(len(df)), Report(len(df))
     for check in (_check_ids, _check_labels, _check_soft): report.problems += check(df)
