@@ -189,13 +189,15 @@ def _counting(desc):
 
 @data_app.command()
 def validate(data:Annotated[Path, typer.Argument(help='curate run folder')], sample:Annotated[Optional[int], typer.Option(help='decode only so many pictures, evenly spread (default: all)')] = None,
-             exact:Annotated[bool, typer.Option('--exact', help='leave near-duplicates out of the check')] = False, as_json:Json = False):
+             exact:Annotated[bool, typer.Option('--exact', help='leave near-duplicates out of the check')] = False,
+             faces:Annotated[bool, typer.Option('--faces', help='seek copies in other face boxes as well (about 10 ms a picture)')] = False, as_json:Json = False):
     "Check every row of a curated folder: files, labels, ids, paths, hashes, leakage between splits, prior shift."
     from fer_core.data.fingerprint import NEAR
     from fer_core.data.manifest import data_roots
     from fer_core.data.validate import validate as check
+    from fer_core.faces.detect import detector
     bar, tell = _counting('decoding')
-    with bar: report = check(data/'classification_manifest.csv', data_roots(data), sample, None if exact else NEAR, progress=tell)
+    with bar: report = check(data/'classification_manifest.csv', data_roots(data), sample, None if exact else NEAR, progress=tell, detector=detector('retinaface') if faces else None)
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
     report.raise_if_bad()
 

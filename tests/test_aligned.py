@@ -4,8 +4,9 @@ from pathlib import Path
 import cv2, numpy as np, pandas as pd, pytest
 from fer_core.data.aligned import AGREEMENT, SIDE, aligned_face, aligned_pairs, agreement, neighbours
 from fer_core.data.curate import curate
-from fer_core.data.manifest import read_manifest
+from fer_core.data.manifest import data_roots, read_manifest
 from fer_core.data.prints import decode_rows
+from fer_core.data.validate import validate
 from fer_core.faces.align import TEMPLATE
 from fer_core.faces.detect import detector
 from fer_core.labels import CLASSES
@@ -62,6 +63,9 @@ def test_a_test_photo_in_another_box_leaves_training(leaking, tmp_path):
     root, finds, planted = leaking
     curate(root, tmp_path/'plain', val_fraction=0)
     assert set(planted) & set(read_manifest(tmp_path/'plain'/'classification_manifest.csv')['path'])  # the hash of the crop does not see them all
+    assert validate(tmp_path/'plain'/'classification_manifest.csv', data_roots(tmp_path/'plain')).ok
+    report = validate(tmp_path/'plain'/'classification_manifest.csv', data_roots(tmp_path/'plain'), detector=finds)
+    assert {p.code for p in report.problems} == {'split_leakage'} and any('again' in p.where for p in report.problems)  # fails by name
     curate(root, tmp_path/'seen', val_fraction=0, detector=finds)
     kept, lost = read_manifest(tmp_path/'seen'/'classification_manifest.csv'), pd.read_csv(tmp_path/'seen'/'dropped.csv')
     assert set(lost['path']) == set(planted) and (lost['reason'] == 'near-duplicate of test').all()

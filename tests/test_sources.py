@@ -595,6 +595,10 @@ def test_pictures_that_had_to_be_converted_are_listed(wild, tmp_path):
     found = json.loads((tmp_path/'out'/'clean_report.json').read_text())['conversions']
     assert {Path(c['where']).name: c['kind'] for c in found['list']} == {'turned.JPEG': 'exif_rotated', 'print.JPG': 'cmyk', 'moving.GIF': 'animated', 'deep.Png': 'sixteen_bit', 'apng.png': 'animated'}
     assert found['by_kind'] == {'animated': 2, 'cmyk': 1, 'exif_rotated': 1, 'sixteen_bit': 1}
+    with pytest.raises(FerError) as e: curate(wild, tmp_path/'as_is', strict=False, near=None, as_is=True)
+    assert e.value.code == 'undecodable_image' and not (tmp_path/'as_is'/'classification_manifest.csv').exists()
+    listed = json.loads((tmp_path/'as_is'/'manifest_validation.json').read_text())['problems']
+    assert len(listed) == 5 and all('convert it' in p['mend'] for p in listed)
 
 
 def test_extensions_in_either_case_of_a_list(tmp_path):

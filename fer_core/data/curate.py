@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..artifacts import FerError, HASHES, atomic_path, write_hashes, write_json
+from .adapter import Problem
 from .aligned import AGREEMENT
 from .fingerprint import CORRELATION, MAX_NEAR, NEAR, PARTS, components
-from .images import converted
+from .images import CONVERSIONS, converted
 from .manifest import class_counts, class_priors, content_hash, split_counts, write_manifest
 from .opinions import POLICIES, disagreements, merge, overturned, several
 from .prints import decode_rows
@@ -209,6 +210,7 @@ def curate(datasets,               # folder as published, {source: folder}, or [
            test_fraction:float=.1, # share of rows for test, of each source that has none
            progress=None,          # called with (done, total, text)
            strict:bool=True,       # a broken record is an error; False leaves it out and lists it
+           as_is:bool=False,       # a picture that has to be converted to be read is an error as well
            policy:str='votes',     # label of a picture with several opinions: 'votes', 'majority' or 'priority'
            agreement:float=0.,     # least share of the votes that decides a label, 0..1
            max_ratio:float=0.,     # largest class over smallest in training, by capping; 0 = as it is
@@ -229,6 +231,7 @@ def curate(datasets,               # folder as published, {source: folder}, or [
     prints, rows, problems = _decoded(df, roots, out, strict, progress, detector)
     df = _fill(df.iloc[rows].reset_index(drop=True), prints)
     conversions = _conversions(df, roots)
+    if as_is: _gate(Report(len(df), len(prints), _as_problems(conversions)), out)
     df, close, group, near_rows, copies, why, pairs = _settle_copies(df, prints, near, policy, agreement, pairs, progress)
     named = df.assign(group=_name_groups(df, group))
     df, why, log = _reviewed(named, why, decisions)
@@ -329,6 +332,9 @@ def _conversions(df, roots):
     every = [{'kind': kind, 'id': id, 'where': at} for ks, id, at, (w, h), *size in zip(kinds, df['id'], df['at'], sides, df['width'], df['height'])
              for kind in ks + ['box_clipped']*(size[0] < w or size[1] < h)]
     return {'by_kind': dict(sorted(Counter(e['kind'] for e in every).items())), 'list': every}
+
+def _as_problems(conversions):
+    return [Problem('undecodable_image', f'{e["where"]} ({e["id"]})', f'not as it is wanted, {e["kind"]}: {CONVERSIONS[e["kind"]]}', 'convert it, or curate with as_is=false') for e in conversions['list']]
 
 def _records(said, df, kept, lost, problems):
     "What became of every record of the sources; the first number is the sum of the others."
