@@ -329,3 +329,10 @@ def test_the_stages_take_the_parameters(data, pack, tmp_path):
     from fer_core.runs.stage import parameters
     off = {stage: {k: parameters(stage)[k]['default'] for k in ('mixup', 'cutmix', 'sample_weights')} for stage in ('teacher', 'student')}
     assert off == dict.fromkeys(('teacher', 'student'), {'mixup': 0., 'cutmix': 0., 'sample_weights': ''})
+
+
+def test_a_plan_that_mixes_beside_a_hint_or_lacks_its_weights_ends_before_it_runs(tmp_path):
+    from fer_core.runs.plan import Step, run_plan
+    for given, code in ((dict(hint=1., mixup=.2), 'bad_parameter'), (dict(sample_weights=str(tmp_path/'gone.csv')), 'missing_file')):
+        with pytest.raises(FerError) as e: run_plan([Step('kd', 'student', given)], tmp_path)
+        assert e.value.code == code and 'step kd' in str(e.value) and not list(tmp_path.iterdir())

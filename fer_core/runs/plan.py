@@ -63,6 +63,12 @@ def _check_weights(steps):
         if donor and not _known(donor): raise FerError('bad_parameter', f'step {step.name} inherits from {donor!r}, which timm does not know', f'take one of timm.list_models(), or --set {step.name}.donor= to start from scratch')
         if given not in ('none', 'hub') and not Path(given).is_file(): raise FerError('missing_checkpoint', f'step {step.name}: its starting weights {given} are not there', f'pass --set {step.name}.pretrained=FILE')
 
+def _check_methods(steps):
+    for step in steps:
+        g = step.given
+        if g.get('hint') and (g.get('mixup') or g.get('cutmix')): raise FerError('bad_parameter', f'step {step.name} asks for a hint beside mixed pictures: the teacher has no embedding of them', f'pass --set {step.name}.hint=0, or leave mixing out')
+        if g.get('sample_weights') and not Path(g['sample_weights']).is_file(): raise FerError('missing_file', f'step {step.name}: its sample weights {g["sample_weights"]} are not there', "make them with 'fer data hard RUN --to FOLDER'")
+
 def _known(backbone):
     mend_torchvision()
     import timm
@@ -76,6 +82,7 @@ def run_plan(steps:list[Step], # of read_plan
             )->dict[str, Run]: # step name -> run
     "Run a plan's steps in order."
     _check_weights(steps) # now, not after hours
+    _check_methods(steps)
     done = {}
     for i, step in enumerate(steps, 1):
         began = time.time()
