@@ -13,8 +13,12 @@ from fer_core.artifacts import FerError
 from fer_core.distill.dkd import dkd_loss, dkd_terms, dkd_warmup
 from fer_core.distill.kd import kd_loss
 from fer_core.distill.manifold import manifold_loss, manifold_terms, merge_tokens, tokens
-from fer_core.models.heads import ArcFaceHead, add_margin, make_head, margin_at
+from fer_core.models.heads import ArcFaceHead, CosFaceHead, add_margin, make_head, margin_at
 from fer_core.models.resemotenet import PARAMS, ResEmoteNet
+from fer_core.train.adjust import adjust_logits, choose_tau
+from fer_core.train.contrastive import supcon_loss
+from fer_core.train.losses import ce_loss, effective_weights, prior_weights
+from fer_core.train.objective import LabelLoss, label_objective
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -238,3 +242,123 @@ def test_tokens_of_a_map_and_its_merged_form_keep_every_value():
     assert torch.equal(m[0, 4*1 + 2, :3], x[0, :, 2, 4])  # the upper left corner of block (1, 2)
     with pytest.raises(FerError): merge_tokens(t[:, :60])
     with pytest.raises(FerError): manifold_loss(t, m)
+
+
+# ---- other margins and losses on labels
+
+@pytest.fixture(scope='module')
+def metric_learning():
+    from fer_core.compat import mend_torchvision
+    mend_torchvision()
+    return pytest.importorskip('pytorch_metric_learning')
+
+
+@pytest.mark.parametrize('m', [.1, .35])
+def test_cosface_equals_pytorch_metric_learning(metric_learning, m):
+    from pytorch_metric_learning.losses import CosFaceLoss
+    torch.manual_seed(1)
+    head = CosFaceHead(6, 7, s=20, m=m).double()
+    theirs = CosFaceLoss(num_classes=7, embedding_size=6, margin=m, scale=20).double()
+    theirs.W.data = head.weight.data.T.clone()
+    y = torch.arange(40) % 7
+    ours_x = draw(3, 40, 6).requires_grad_()
+    theirs_x = ours_x.detach().clone().requires_grad_()
+    ours, want = F.cross_entropy(head(ours_x, y), y), theirs(theirs_x, y)
+    ours.backward(), want.backward()
+    assert abs(ours.item() - want.item()) < 1e-9
+    torch.testing.assert_close(ours_x.grad, theirs_x.grad, atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(head.weight.grad, theirs.W.grad.T, atol=1e-9, rtol=1e-7)
+
+
+@given(seeds, st.floats(.05, 1.))
+@settings(max_examples=20, deadline=None)
+def test_supervised_contrast_equals_pytorch_metric_learning(seed, T):
+    from pytorch_metric_learning.losses import SupConLoss
+    from pytorch_metric_learning.reducers import DoNothingReducer
+    e, y = draw(seed, 14, 5).requires_grad_(), torch.as_tensor(np.random.default_rng(seed).integers(0, 5, 14))
+    theirs_e = e.detach().clone().requires_grad_()
+    each = SupConLoss(temperature=T, reducer=DoNothingReducer())(theirs_e, y)['loss']['losses']
+    paired = ((y[:, None] == y).sum(1) > 1)
+    ours = supcon_loss(e, y, T)
+    if not paired.any():
+        assert ours == 0
+        return
+    want = each[paired].mean()
+    torch.testing.assert_close(ours, want, atol=1e-9, rtol=1e-7)
+    ours.backward(), want.backward()
+    torch.testing.assert_close(e.grad, theirs_e.grad, atol=1e-8, rtol=1e-6)
+
+
+@given(seeds, st.floats(.5, 4.))
+@settings(max_examples=30, deadline=None)
+def test_focal_loss_equals_torchvisions_of_two_classes(seed, gamma):
+    from torchvision.ops import sigmoid_focal_loss
+    z, y = draw(seed, 20, 2).requires_grad_(), torch.as_tensor(np.random.default_rng(seed).integers(0, 2, 20))
+    ours, want = ce_loss(z, y, gamma=gamma), sigmoid_focal_loss(z[:, 1] - z[:, 0], y.double(), alpha=-1, gamma=gamma, reduction='mean')
+    torch.testing.assert_close(ours, want, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(torch.autograd.grad(ours, z)[0], torch.autograd.grad(want, z)[0], atol=1e-12, rtol=1e-8)
+
+
+def test_focal_loss_of_seven_classes_weights_and_soft_labels():
+    rng = np.random.default_rng(0)
+    z, soft, w = draw(0, 9, 7), torch.as_tensor(rng.dirichlet(np.ones(7), 9)), torch.as_tensor(rng.uniform(.3, 2, 7))
+    p = softmax(z.numpy(), 1)
+    by_hand = -(soft.numpy()*w.numpy()*(1 - p)**1.5*np.log(p)).sum(1).mean()
+    assert ce_loss(z, soft, weights=w, gamma=1.5).item() == pytest.approx(by_hand, rel=1e-10)
+    y = torch.arange(9) % 7
+    weighted = -(w.numpy()[y]*(1 - p[range(9), y])**1.5*np.log(p[range(9), y])).sum()/w.numpy()[y].sum()
+    assert ce_loss(z, y, weights=w, gamma=1.5).item() == pytest.approx(weighted, rel=1e-10)
+    sample = torch.tensor([0.] + [1.]*8)
+    grad = torch.autograd.grad(ce_loss(z.requires_grad_(), y, gamma=2., sample=sample), z)[0]
+    assert (grad[0] == 0).all() and (grad[1:] != 0).any()
+
+
+@given(seeds, st.floats(0, 2))
+@settings(max_examples=30, deadline=None)
+def test_logit_adjustment_in_its_closed_form(seed, tau):
+    "Menon et al. 2021, eq. 10: log(1 + sum over other classes of (pi'/pi)^tau exp(z' - z))."
+    rng = np.random.default_rng(seed)
+    counts, z, y = rng.integers(5, 900, 7), draw(seed, 6, 7), torch.as_tensor(rng.integers(0, 7, 6))
+    pi = counts/counts.sum()
+    by_hand = np.mean([np.log(1 + sum((pi[k]/pi[c])**tau*np.exp(zi[k] - zi[c]) for k in range(7) if k != c)) for zi, c in zip(z.numpy(), y.tolist())])
+    assert F.cross_entropy(adjust_logits(z, pi, -tau), y).item() == pytest.approx(by_hand, rel=1e-9)
+    assert np.allclose(adjust_logits(adjust_logits(z.numpy(), pi, tau), pi, -tau), z.numpy())
+
+
+def test_the_strength_of_the_adjustment_is_found_on_validation():
+    rng = np.random.default_rng(0)
+    y = rng.choice(7, 4000, p=[.4, .25, .15, .1, .05, .03, .02])
+    z = np.eye(7)[y]*1.5 + rng.normal(size=(4000, 7))
+    pi = np.bincount(y, minlength=7)/len(y)
+    tau, scores = choose_tau(z + np.log(pi), y, pi)   # a model that knows the frequencies
+    assert .2 < tau < 1.2 and max(scores) > scores[0] + .02
+    with pytest.raises(FerError): adjust_logits(z, np.ones(7), 1.)
+
+
+@given(seeds, st.floats(0, .99999))
+@settings(max_examples=30, deadline=None)
+def test_effective_numbers_as_published(seed, beta):
+    "Cui et al. 2019: (1 - beta)/(1 - beta^n), the sum of a geometric series in the denominator."
+    counts = np.random.default_rng(seed).integers(1, 3000, 7)
+    w = np.array([1/sum(beta**i for i in range(n)) for n in counts])
+    assert np.allclose(effective_weights(counts, beta), w*counts.sum()/(w*counts).sum(), rtol=1e-4)
+    assert np.isclose((effective_weights(counts, beta).numpy()*counts).sum(), counts.sum(), rtol=1e-5)
+
+
+def test_the_objectives_defaults_are_plain_smoothed_cross_entropy():
+    z, y = draw(2, 8, 7).float(), torch.arange(8) % 7
+    class Net:
+        head = None
+        def __call__(self, x, y=None): return z
+    assert torch.equal(label_objective()(Net(), None, y, np.arange(8), 0), F.cross_entropy(z, y, label_smoothing=.1))
+    weights = prior_weights(np.arange(1, 8)/28, .5)
+    assert torch.equal(label_objective(LabelLoss(0., class_power=.5), np.arange(1, 8))(Net(), z, y, np.arange(8), 0), F.cross_entropy(z, y, weight=weights))
+    with pytest.raises(FerError): label_objective(LabelLoss(tau=1.))
+    with pytest.raises(FerError): LabelLoss(class_power=1., class_beta=.9)
+
+
+def test_gradients_of_all_of_them():
+    y, pi = torch.tensor([0, 1, 2, 0, 1, 2]), np.array([.6, .3, .1])
+    check = lambda f: torch.autograd.gradcheck(f, draw(5, 6, 3).requires_grad_())
+    assert check(lambda z: ce_loss(z, y, .1, torch.tensor([1., 2., 3.], dtype=torch.float64), gamma=2.)) and check(lambda z: ce_loss(adjust_logits(z, pi, -1.), y))
+    assert check(lambda z: supcon_loss(z, y, .3)) and check(lambda z: CosFaceHead(3, 3).double()(z, y).logsumexp(1).sum() if torch.manual_seed(0) else None)

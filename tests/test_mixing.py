@@ -19,7 +19,8 @@ from fer_core.distill.dkd import dkd_loss, dkd_terms
 from fer_core.distill.kd import kd_loss, mixed_teacher
 from fer_core.distill.student import dkd_objective, kd_objective, train_student
 from fer_core.models.backbones import Classifier, ModelConfig
-from fer_core.teach.teacher import hard_label_objective, margin_schedule, train_teacher, training_logits
+from fer_core.teach.teacher import margin_schedule, train_teacher
+from fer_core.train.objective import LabelLoss, label_objective, training_logits
 from fer_core.train.losses import ce_loss, prior_weights, weigh
 from fer_core.train.loop import TrainConfig, fit
 
@@ -120,7 +121,7 @@ class Net:
 def losses(soft, w): # -> name: f(logits, targets, rows)
     view = lambda e: 0
     def of(objective): return lambda z, y, rows: objective(Net(z), torch.zeros(len(rows)), y, rows, 0)
-    return {'ce': of(hard_label_objective(.1, None, w)), 'kd': of(kd_objective(soft, view, 2., .5, .1, sample=w)), 'dkd': of(dkd_objective(soft, view, 2., 1., 4., 1, .1, sample=w)),
+    return {'ce': of(label_objective(LabelLoss(.1), None, w)), 'kd': of(kd_objective(soft, view, 2., .5, .1, sample=w)), 'dkd': of(dkd_objective(soft, view, 2., 1., 4., 1, .1, sample=w)),
             'hint': of(kd_objective(soft, view, 2., .5, .1, hint=.7, sample=w))}
 
 
@@ -176,7 +177,7 @@ def test_losses_stay_on_the_device(name): # `meta` refuses to mix devices, as a 
     y = torch.zeros(N, dtype=torch.long, device='meta')
     z, rows, classes = torch.zeros(N, 7, device='meta'), np.arange(N), torch.ones(7)
     soft, w = soft_labels(1), torch.ones(10)
-    objective = hard_label_objective(.1, classes, w) if name == 'ce' else kd_objective(soft, lambda e: 0, 2., .5, .1, classes.to('meta'), sample=w)
+    objective = label_objective(LabelLoss(.1, class_power=.5, tau=1.), np.ones(7), w) if name == 'ce' else kd_objective(soft, lambda e: 0, 2., .5, .1, classes.to('meta'), sample=w)
     for target in (y, Mixed(y, y, torch.zeros(N, device='meta'))): assert objective(Net(z), torch.zeros(N, device='meta'), target, rows, 0).device.type == 'meta'
 
 
@@ -213,7 +214,7 @@ def trained(folder, pack, kind, until=4, mix=Mix(mixup=.4, cutmix=1.), w=None, b
     run = Run(folder) if (folder/'run.json').exists() else Run.create(folder, 'lesson')
     feed = Feeder(pack, seed=1, augment=Augment(flip=0, erase=0), views=0 if kind == 'arcface' else 3, mix=mix)
     soft = SimpleNamespace(views=3*torch.randn(3, len(pack), 7, generator=torch.Generator().manual_seed(2)))
-    objective = {'arcface': hard_label_objective(.1, None, w), 'kd': kd_objective(soft, feed.view_of, 2., .5, sample=w), 'dkd': dkd_objective(soft, feed.view_of, 2., 1., 2., 2, sample=w)}[kind]
+    objective = {'arcface': label_objective(LabelLoss(.1), None, w), 'kd': kd_objective(soft, feed.view_of, 2., .5, sample=w), 'dkd': dkd_objective(soft, feed.view_of, 2., 1., 2., 2, sample=w)}[kind]
     margin = margin_schedule(.2, 1, 1)
     def before_epoch(model, epoch):
         if epoch >= until: raise KeyboardInterrupt
@@ -333,6 +334,6 @@ def test_the_stages_take_the_parameters(data, pack, tmp_path):
 
 def test_a_plan_that_mixes_beside_a_hint_or_lacks_its_weights_ends_before_it_runs(tmp_path):
     from fer_core.runs.plan import Step, run_plan
-    for given, code in ((dict(hint=1., mixup=.2), 'bad_parameter'), (dict(sample_weights=str(tmp_path/'gone.csv')), 'missing_file')):
-        with pytest.raises(FerError) as e: run_plan([Step('kd', 'student', given)], tmp_path)
+    for asked, code in ((dict(hint=1., mixup=.2), 'bad_parameter'), (dict(sample_weights=str(tmp_path/'gone.csv')), 'missing_file')):
+        with pytest.raises(FerError) as e: run_plan([Step("kd", "student", asked)], tmp_path)
         assert e.value.code == code and 'step kd' in str(e.value) and not list(tmp_path.iterdir())

@@ -43,10 +43,15 @@ class Pack:
         if not len(found): raise FerError('missing_file', f'the manifest has no rows in split {split!r}', 'curate data that has this split')
         return found
 
+    def counts(self, split:str='train' # split
+              )->np.ndarray:           # (7,) faces per class
+        "Class counts of a split."
+        return np.bincount(self.labels[self.rows(split)], minlength=N_CLASSES)
+
     def priors(self, split:str='train' # split
               )->np.ndarray:           # (7,) shares, sum 1
         "Class priors of a split."
-        counts = np.bincount(self.labels[self.rows(split)], minlength=N_CLASSES)
+        counts = self.counts(split)
         return counts/counts.sum()
 
 # %% ../../nbs/data/pack.ipynb #c006

@@ -16,8 +16,9 @@ from .kd import kd_loss, mixed_teacher
 from ..evaluate.gates import phase_adopted, rarest
 from ..models.backbones import ModelConfig, load_model, model_size, with_projector
 from ..teach.softlabels import SoftLabels, read_softlabels
-from ..teach.teacher import device, hard_label_objective, match_data, open_data, row_weights, start_model
+from ..teach.teacher import device, match_data, open_data, row_weights, start_model
 from ..train.judge import judge_model
+from ..train.objective import LabelLoss, label_objective
 from ..train.loop import TrainConfig, choose_precision, fit
 from ..train.losses import ce_loss, prior_weights, weigh
 
@@ -128,7 +129,7 @@ def _standing_model(run, before, softlabels, spec, soft, hint, seed):
     return model, {'pretrained': str(stands)}
 
 def _phase_objective(phase, soft, feed, weights, p, sample):
-    if phase == 'ce': return hard_label_objective(p['smoothing'], weights, sample)
+    if phase == 'ce': return label_objective(LabelLoss(p['smoothing'], p['class_power']), feed.pack.counts(), sample)
     if phase == 'kd': return kd_objective(soft, feed.view_of, p['T'], p['alpha'], p['smoothing'], weights, p['hint'], sample)
     return dkd_objective(soft, feed.view_of, p['T'], p['dkd_alpha'], p['dkd_beta'], p['dkd_warmup'], p['smoothing'], weights, p['hint'], sample)
 

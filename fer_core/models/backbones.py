@@ -26,7 +26,7 @@ __all__ = ['ModelConfig', 'limit_stride', 'make_backbone', 'Classifier', 'with_p
 class ModelConfig:
     "Everything needed to build a classifier again."
     backbone: str = 'resnet18'   # timm name
-    head: str = 'linear'         # 'linear' or 'arcface'
+    head: str = 'linear'         # 'linear', 'cosine', 'arcface' or 'cosface'
     channels: int = 1            # 1 grey, 3 RGB
     output_stride: int = 32      # input side / last feature map's side, before stem_stride; 16 keeps detail at 48-64 px
     stem_stride: int = 2         # 1 looks at every pixel of a small input, at two to four times the cost
@@ -85,7 +85,7 @@ class Classifier(nn.Module):
         self.config, self.backbone = config, make_backbone(config, hub)
         self.dropout = nn.Dropout(config.dropout)
         width = self.backbone.head_hidden_size if hasattr(self.backbone, 'head_hidden_size') else self.backbone.num_features
-        more = {'s': config.s, 'm': config.m} if config.head == 'arcface' else {}
+        more = {'linear': {}, 'cosine': {'s': config.s}}.get(config.head, {'s': config.s, 'm': config.m})
         self.head = make_head(config.head, width, N_CLASSES, **more)
         if config.hint: self.projector = nn.Linear(width, config.hint)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np, torch
 from ..artifacts import FerError, Run, parent, sha256_file
 from ..data.hard import train_weights
-from ..data.loader import Augment, Feeder, Mixed, Pack, make_mix, open_pack
+from ..data.loader import Augment, Feeder, Pack, make_mix, open_pack
 from ..data.samplers import make_sampler
 from ..data.preprocess import Preprocess
 from ..labels import CLASSES
@@ -18,11 +18,10 @@ from ..models.inherit import inherit_from
 from ..models.heads import margin_at
 from ..train.judge import judge_model
 from ..train.loop import TrainConfig, choose_precision, fit
-from ..train.losses import ce_loss, prior_weights, weigh
+from ..train.objective import LabelLoss, label_objective
 
 # %% auto #0
-__all__ = ['open_data', 'device', 'row_weights', 'match_data', 'start_model', 'training_logits', 'hard_label_objective',
-           'margin_schedule', 'train_teacher']
+__all__ = ['open_data', 'device', 'row_weights', 'match_data', 'start_model', 'margin_schedule', 'train_teacher']
 
 # %% ../../nbs/teach/teacher.ipynb #c004
 def open_data(run:Run,         # run that reads the data
@@ -85,26 +84,6 @@ def start_model(config:ModelConfig, # model
     return model, report
 
 # %% ../../nbs/teach/teacher.ipynb #c008
-def training_logits(net, # classifier
-                    x,   # (b, channels, side, side) input
-                    y    # (b,) class ids, or `Mixed`
-                   ):    # (b, 7) logits; a pair of them for mixed pictures under a margin
-    "Logits with the margin on the label, or on each of the two labels of mixed pictures."
-    if not isinstance(y, Mixed): return net(x, y)
-    if not getattr(net.head, 'margin', 0): return net(x)
-    e = net.dropout(net.embed(x))
-    return net.head(e, y.first), net.head(e, y.second)
-
-def hard_label_objective(smoothing:float=0., # label smoothing
-                         weights=None,       # (7,) class weights or None
-                         sample=None         # (n,) weights of the pack's rows or None
-                        ):                   # f(net, x, y, rows, epoch) -> loss
-    "Loss of a model trained on labels."
-    def objective(net, x, y, rows, epoch):
-        y, of_rows = weigh(y, sample, rows)
-        return ce_loss(training_logits(net, x, y), y, smoothing, None if weights is None else weights.to(x.device), of_rows)
-    return objective
-
 def margin_schedule(m:float, warmup:int, ramp:int): # margin (radians), epochs without it, epochs of rise; gives f(model, epoch)
     "Set an ArcFace head's margin before every epoch."
     def on_epoch(model, epoch):
@@ -119,8 +98,7 @@ def train_teacher(run:Run,             # run folder
                   cfg:TrainConfig,     # training settings
                   augment:Augment=Augment(), # augmentation
                   pretrained:str='none', # 'none', 'hub' or a weights file
-                  smoothing:float=.1,  # label smoothing
-                  class_power:float=0., # class weights: priors ** -power
+                  loss:LabelLoss=LabelLoss(), # smoothing, class weights, focal exponent, adjustment, contrast
                   margin_warmup:int=2, # epochs without margin
                   margin_ramp:int=3,   # epochs of its rise
                   flip:bool=True,      # judge with the mirror image averaged in (stated in metrics.json)
@@ -132,6 +110,7 @@ def train_teacher(run:Run,             # run folder
                  )->tuple[dict, list]: # metrics by set, history
     "Train a teacher and judge it."
     sampler, mix = make_sampler(sampler), make_mix(mixup, cutmix) # wrong ones are named before anything is packed
+    if loss.contrast and mix: raise FerError('bad_parameter', f'contrast={loss.contrast:g} beside mixed pictures: they are of no one class', 'pass contrast=0, or mixup=0 and cutmix=0')
     pack = open_data(run, data, spec)
     of_rows, bound = row_weights(run, sample_weights, pack)
     feed = Feeder(pack, device(), cfg.seed, augment, sampler=sampler, mix=mix)
@@ -139,7 +118,6 @@ def train_teacher(run:Run,             # run folder
     precision = choose_precision(cfg.precision, config.backbone, device())
     run.record(seeds={'train': cfg.seed}, reliability={'start': report, 'precision': precision, 'flip_averaged': flip}, compression=model_size(model, spec))
     if mix: run.record(reliability={'mixing': asdict(mix)})
-    weights = prior_weights(pack.priors(), class_power) if class_power else None
-    history = fit(run, model, feed, hard_label_objective(smoothing, weights, of_rows), cfg, margin_schedule(config.m, margin_warmup, margin_ramp), resume_from or None, bound)
+    history = fit(run, model, feed, label_objective(loss, pack.counts(), of_rows), cfg, margin_schedule(config.m, margin_warmup, margin_ramp), resume_from or None, bound)
     best, _, _ = load_model(run.folder)
     return judge_model(run, best.to(device()), feed, 'teacher', flip), history

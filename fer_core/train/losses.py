@@ -7,12 +7,20 @@ from __future__ import annotations
 import numpy as np, torch
 import torch.nn.functional as F
 from ..data.augment import Mixed
+from ..data.samplers import WEIGHTS
 
 # %% auto #0
-__all__ = ['ce_loss', 'weigh', 'prior_weights']
+__all__ = ['ce_loss', 'weigh', 'prior_weights', 'effective_weights']
 
 # %% ../../nbs/train/losses.ipynb #c004
-def _each(logits, target, smoothing, weights): return F.cross_entropy(logits.float(), target, weight=weights, label_smoothing=smoothing, reduction='none')
+def _wide(logits): return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+def _each(logits, target, smoothing, weights, gamma):
+    if not gamma: return F.cross_entropy(_wide(logits), target, weight=weights, label_smoothing=smoothing, reduction='none')
+    logp = _wide(logits).log_softmax(1)
+    wanted = target if target.ndim == 2 else F.one_hot(target, logits.shape[1])
+    wanted = (1 - smoothing)*wanted.to(logp) + smoothing/logits.shape[1]
+    return -(wanted*(1 - logp.exp())**gamma*logp*(1. if weights is None else weights)).sum(1)
 
 def _mass(target, weights):
     "What a sum over the batch is divided by: PyTorch's sum of class weights, or the number of rows."
@@ -23,14 +31,18 @@ def ce_loss(logits:torch.Tensor,  # (n, 7) unnormalised scores; for `Mixed` also
             target:torch.Tensor,  # (n,) class ids, (n, 7) probabilities, or `Mixed`
             smoothing:float=0.,   # label smoothing ε in [0, 1)
             weights:torch.Tensor|None=None, # (7,) class weights
-            sample:torch.Tensor|None=None # (n,) weights of the rows, mean 1 over an epoch
+            sample:torch.Tensor|None=None, # (n,) weights of the rows, mean 1 over an epoch
+            gamma:float=0.        # focal exponent, 0 = cross-entropy
            )->torch.Tensor:       # mean loss
-    "Cross-entropy in float32."
+    "Cross-entropy, or focal loss, in float32 or wider."
+    wide = torch.promote_types((logits[0] if isinstance(logits, tuple) else logits).dtype, torch.float32)
+    if weights is not None: weights = weights.to(wide)
+    if not isinstance(target, Mixed) and target.ndim == 2: target = target.to(wide)
     if isinstance(target, Mixed):
         first, second = logits if isinstance(logits, tuple) else (logits, logits)
-        each = target.share*_each(first, target.first, smoothing, weights) + (1 - target.share)*_each(second, target.second, smoothing, weights)
-    elif sample is None: return F.cross_entropy(logits.float(), target, weight=weights, label_smoothing=smoothing)
-    else: each = _each(logits, target, smoothing, weights)
+        each = target.share*_each(first, target.first, smoothing, weights, gamma) + (1 - target.share)*_each(second, target.second, smoothing, weights, gamma)
+    elif sample is None and not gamma: return F.cross_entropy(_wide(logits), target, weight=weights, label_smoothing=smoothing)
+    else: each = _each(logits, target, smoothing, weights, gamma)
     return (each if sample is None else sample*each).sum()/_mass(target, weights)
 
 # %% ../../nbs/train/losses.ipynb #c005c
@@ -54,3 +66,11 @@ def prior_weights(priors:np.ndarray, # (7,) class shares, sum 1
     "Class weights from priors."
     w = np.maximum(priors, 1e-4)**-power
     return torch.tensor(w/(w*priors).sum(), dtype=torch.float32)
+
+def effective_weights(counts:np.ndarray, # (7,) pictures per class
+                      beta:float         # 0 none … 1 inverse frequency; 0.999 to 0.9999 are usual
+                     )->torch.Tensor:    # (7,) weights with expected value 1 over the training set
+    "Class weights from effective numbers of pictures."
+    n = np.maximum(np.asarray(counts, float), 1)
+    w = WEIGHTS['effective'](n, beta)
+    return torch.tensor(w*n.sum()/(w*n).sum(), dtype=torch.float32)
