@@ -173,7 +173,7 @@ def results(folders:Annotated[list[Path], typer.Argument(help='thesis run folder
     rows = {}
     for folder in folders:
         page = reports/folder.name/'thesis.html'
-        for r in read_json(folder/'results.json'): rows.setdefault((r['model'], r['run'] if r['backbone'] else ''), r | ({'report': str(page)} if page.is_file() else {}))
+        for r in read_json(folder/'results.json'): rows.setdefault((r['dataset_sha256'], r['model'], r['run'] if r['backbone'] else ''), r | ({'report': str(page)} if page.is_file() else {}))
     write_json(reports/'results.json', list(rows.values()))
     print(f'{len(rows)} rows in {reports/"results.json"}')
 
