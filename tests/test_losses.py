@@ -362,3 +362,16 @@ def test_gradients_of_all_of_them():
     check = lambda f: torch.autograd.gradcheck(f, draw(5, 6, 3).requires_grad_())
     assert check(lambda z: ce_loss(z, y, .1, torch.tensor([1., 2., 3.], dtype=torch.float64), gamma=2.)) and check(lambda z: ce_loss(adjust_logits(z, pi, -1.), y))
     assert check(lambda z: supcon_loss(z, y, .3)) and check(lambda z: CosFaceHead(3, 3).double()(z, y).logsumexp(1).sum() if torch.manual_seed(0) else None)
+
+
+@pytest.mark.parametrize('gamma', [.5, 1., 2.])
+def test_focal_gradients_stay_finite_where_the_label_is_certain(gamma):
+    z = torch.tensor([[200., 0., 0.], [0., 0., 0.]], requires_grad=True)
+    loss = ce_loss(z, torch.tensor([0, 1]), gamma=gamma)
+    assert torch.isfinite(torch.autograd.grad(loss, z)[0]).all() and torch.isfinite(loss)
+
+
+def test_contrast_is_as_precise_under_autocast():
+    e, y = draw(1, 16, 8).float(), torch.arange(16) % 4
+    with torch.autocast('cpu', torch.bfloat16): low = supcon_loss(e, y, .05)
+    assert low.item() == pytest.approx(supcon_loss(e, y, .05).item(), rel=1e-6)

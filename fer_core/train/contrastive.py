@@ -18,9 +18,10 @@ def supcon_loss(embeddings:torch.Tensor, # (n, d), of any length
                )->torch.Tensor:          # mean over the pictures that have a positive; 0 if none has
     "Supervised contrastive loss of a batch."
     if T <= 0: raise FerError('bad_parameter', f'a contrast temperature of {T:g}', 'give one above 0')
-    e = unit(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
-    itself = torch.eye(len(e), dtype=torch.bool, device=e.device)
-    logits = (e @ e.T/T).masked_fill(itself, -torch.inf)
+    with torch.autocast(embeddings.device.type, enabled=False): # bfloat16 would round e·e/T to steps of 0.05
+        e = unit(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
+        itself = torch.eye(len(e), dtype=torch.bool, device=e.device)
+        logits = (e @ e.T/T).masked_fill(itself, -torch.inf)
     same = (labels[:, None] == labels[None]) & ~itself
     logp = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(~same, 0.)
     n = same.sum(1)

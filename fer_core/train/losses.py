@@ -20,7 +20,7 @@ def _each(logits, target, smoothing, weights, gamma):
     logp = _wide(logits).log_softmax(1)
     wanted = target if target.ndim == 2 else F.one_hot(target, logits.shape[1])
     wanted = (1 - smoothing)*wanted.to(logp) + smoothing/logits.shape[1]
-    return -(wanted*(1 - logp.exp())**gamma*logp*(1. if weights is None else weights)).sum(1)
+    return -(wanted*(-torch.expm1(logp)).clamp_min(1e-12)**gamma*logp*(1. if weights is None else weights)).sum(1)
 
 def _mass(target, weights):
     "What a sum over the batch is divided by: PyTorch's sum of class weights, or the number of rows."
