@@ -300,6 +300,19 @@ def test_planted_copies(tmp_path):
     assert len(pd.read_csv(tmp_path/'o'/'dropped.csv')) == 7
 
 
+def test_the_protocol_as_published_keeps_its_copies_and_says_so(tmp_path):
+    rows = plain(280, 14)
+    rows += [(0, rows[-1][1], 'Training'), (3, rows[0][1], 'Training')] # a copy of a test picture, and one within training under another label
+    kept, clean = (curate(fer_csv(tmp_path/c, rows), tmp_path/f'o{c}', copies=c) for c in ('keep', 'drop'))
+    assert (kept['test_rows_in_training'], clean['test_rows_in_training']) == (1, 0)
+    assert sum(kept['n'].values()) == len(rows) and not kept['dropped'] and sum(clean['n'].values()) == len(rows) - 3 # of two copies under two labels neither stays
+    report, told = read_json(tmp_path/'okeep/manifest_validation.json'), read_json(tmp_path/'okeep/clean_report.json')
+    assert report['ok'] and any(w['code'] == 'split_leakage' for w in report['warnings']) and told['copies'] == 'keep' and told['test_rows_in_training'] == 1
+    table = read_manifest(tmp_path/'okeep/classification_manifest.csv')
+    assert not set(table.sha256[table.split == 'val']) & set(table.sha256[table.split == 'train'])
+    with fails('bad_parameter', 'copies'): curate(tmp_path/'keep', tmp_path/'x', copies='both')
+
+
 def test_deterministic_and_moved(tmp_path):
     root, files = fer_csv(tmp_path/'d', plain()), ('classification_manifest.csv', 'classification_manifest_hq_train.csv', 'test_all_sources.csv', 'clean_report.json', 'manifest_validation.json', 'dropped.csv')
     curate(root, tmp_path/'a', seed=4); curate(root, tmp_path/'b', seed=4)

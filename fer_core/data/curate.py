@@ -154,7 +154,7 @@ def _split(df, group, val_fraction, test_fraction, seed):
         if not test_fraction or ((source == s) & (split == 'test')).any(): continue
         rows = _whole_groups((source == s) & (split == 'train'), group)
         split[rows[cut(label[rows], group[rows], test_fraction, np.random.default_rng([seed, 2] if k == 0 else [seed, 2, k]))]] = 'test'
-    train = np.flatnonzero(split == 'train')
+    train = _whole_groups(split == 'train', group)
     if val_fraction and not (split == 'val').any(): split[train[cut(label[train], group[train], val_fraction, np.random.default_rng([seed, 3]))]] = 'val'
     return split
 
@@ -174,12 +174,13 @@ def _gate(report, out, lost=None):
     write_json(out/'manifest_validation.json', report.to_dict())
     report.raise_if_bad()
 
-def _check_given(near, max_rows, policy, **shares):
+def _check_given(near, max_rows, policy, copies, **shares):
     "Parameters whose wrong value would only show in the figures."
     for name, value in shares.items():
         if not 0 <= value <= 1 or value == 1 and name != 'agreement': raise FerError('bad_parameter', f'{name} {value} is no share', 'give a number from 0 to below 1')
     if near is not None and not 0 <= near <= MAX_NEAR: raise FerError('bad_parameter', f'near {near} is no distance', f'give 0 to {MAX_NEAR}, or None for exact copies only')
     if max_rows is not None and max_rows < 1: raise FerError('bad_parameter', f'max_rows {max_rows} leaves no rows', 'give 1 or more, or None for all')
+    if copies not in ('drop', 'keep'): raise FerError('bad_parameter', f'copies {copies!r} is neither drop nor keep', "pass copies='drop', or copies='keep' for a protocol as published")
     if policy not in POLICIES: raise FerError('bad_parameter', f'policy {policy!r} is none of {", ".join(POLICIES)}', 'name one of them')
 
 def _merge_files(df, roots, said, policy, agreement):
@@ -217,11 +218,12 @@ def curate(datasets,               # folder as published, {source: folder}, or [
            hold_out:str='',        # a source that becomes the test, whole; '' = official tests
            folds:int=0,            # k of a k-fold assignment in folds.csv; 0 = none
            decisions='',           # file of a reviewer's decisions on labels; '' = none
-           detector=None           # face detector: quality is 0 without a face, copies are sought in other face boxes as well; None = neither
+           copies:str='drop',      # pictures that test or validation holds too: 'drop' from training, or 'keep' = the protocol as published, with its leak
+          detector=None           # face detector: quality is 0 without a face, copies are sought in other face boxes as well; None = neither
           )->dict:                 # source, n per split, class priors, dataset_sha256, drops, seconds
     "Curate published datasets into one validated manifest."
     began, out = time.perf_counter(), Path(out)
-    _check_given(near, max_rows, policy, val_fraction=val_fraction, test_fraction=test_fraction, agreement=agreement)
+    _check_given(near, max_rows, policy, copies, val_fraction=val_fraction, test_fraction=test_fraction, agreement=agreement)
     roots = parse_datasets([f'{source}={datasets}'] if isinstance(datasets, (str, Path)) else datasets)
     df, said = _read_all(roots, strict, max_rows, seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -232,7 +234,7 @@ def curate(datasets,               # folder as published, {source: folder}, or [
     df = _fill(df.iloc[rows].reset_index(drop=True), prints)
     conversions = _conversions(df, roots)
     if as_is: _gate(Report(len(df), len(prints), _as_problems(conversions)), out)
-    df, close, group, near_rows, copies, why, pairs = _settle_copies(df, prints, near, policy, agreement, pairs, progress)
+    df, close, group, near_rows, found, why, pairs = _settle_copies(df, prints, near, policy, agreement, pairs, progress, copies)
     named = df.assign(group=_name_groups(df, group))
     df, why, log = _reviewed(named, why, decisions)
     keep = np.flatnonzero(why == '')
@@ -242,12 +244,13 @@ def curate(datasets,               # folder as published, {source: folder}, or [
     lost.append(_lost(df, why))
     report = validate(kept, _by_row_source(kept, roots), near=near, prints=prints.take(keep), pairs=_among(near_rows, keep, len(df)))
     report.decoded, report.problems = len(prints), traced(report.problems, kept)
+    if copies == 'keep': _as_warnings(report)
     _gate(report, out, pd.concat(lost))
     notes = {'source': '+'.join(roots), 'seed': seed, 'val_fraction': val_fraction, 'test_fraction': test_fraction, 'max_rows': max_rows, 'policy': policy, 'agreement': agreement,
-             'max_ratio': max_ratio, 'hold_out': hold_out, 'decisions': log, 'conversions': conversions, 'near_duplicates': {**_near_notes(near, close), **copies}}
+             'max_ratio': max_ratio, 'hold_out': hold_out, 'copies': copies, 'test_rows_in_training': _leaking(kept, close[keep]), 'decisions': log, 'conversions': conversions, 'near_duplicates': {**_near_notes(near, close), **found}}
     clean = _write(out, roots, read_rows, kept, pd.concat(lost, ignore_index=True), report, notes, said, problems, pairs, folds)
     shutil.rmtree(out/'.prints', ignore_errors=True)
-    return {**{k: clean[k] for k in ('source', 'n', 'class_priors', 'dataset_sha256', 'dropped')}, 'class_counts': clean['after'], 'hq_train': clean['hq']['n'], 'seconds': round(time.perf_counter() - began, 2)}
+    return {**{k: clean[k] for k in ('source', 'n', 'class_priors', 'dataset_sha256', 'dropped', 'test_rows_in_training')}, 'class_counts': clean['after'], 'hq_train': clean['hq']['n'], 'seconds': round(time.perf_counter() - began, 2)}
 
 # %% ../../nbs/data/curate.ipynb #c016
 def _among(pairs, keep, n):
@@ -265,14 +268,24 @@ def _near_notes(near, close):
     several_rows = int((np.unique(close, return_counts=True)[1] > 1).sum())
     return {'max_hamming': near, 'min_detail_correlation': CORRELATION, 'parts': list(PARTS), 'groups_of_several': several_rows}
 
-def _settle_copies(df, prints, near, policy, agreement, pairs, progress):
+def _leaking(kept, close):
+    "Test rows whose picture is in training too, near-duplicates and other face boxes included."
+    split = kept['split'].to_numpy()
+    return int(np.isin(close[split == 'test'], close[split == 'train']).sum())
+
+def _as_warnings(report):
+    "Leakage that was asked for is no error, and stays in sight."
+    leaks = [p for p in report.problems if p.code == 'split_leakage']
+    report.problems, report.warnings = [p for p in report.problems if p.code != 'split_leakage'], report.warnings + leaks
+
+def _settle_copies(df, prints, near, policy, agreement, pairs, progress, keeping):
     exact, close, group, found, near_rows = _tie(df, prints, near, progress)
     part = df['source'] + ' ' + np.where(df['usage'] != '', df['usage'], df['split'])
     copies = {'pairs': len(near_rows), 'counts': count_duplicates(part, exact, **found)}
     if prints.face.shape[1]: copies |= {'pairs_in_another_face_box': len(found['box']), 'min_agreement': AGREEMENT}
     said = disagreements(df.assign(label=df['own']), exact)
     pairs = pd.concat([pairs, said]).groupby(['source_a', 'source_b', 'label_a', 'label_b'], as_index=False)['n'].sum()
-    df, why = _decide(df, prints, exact, close, group, policy, agreement)
+    df, why = (df, np.full(len(df), '', object)) if keeping == 'keep' else _decide(df, prints, exact, close, group, policy, agreement)
     return df, close, group, near_rows, copies, why, pairs
 
 def _reviewed(df, why, decisions):

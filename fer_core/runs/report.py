@@ -34,6 +34,7 @@ def summary(run:Run # run
     lines = [f'**{m.stage}** run `{m.experiment_id}`: **{m.status}**{took}.' + (' (Accepted: it ran to its end and may be used; what its gates say stands below.)' if m.status == 'accepted' and m.gates and not all(g['passed'] for g in m.gates) else '')]
     if m.failure: lines.append(f'Failed: {m.failure["code"]}: {m.failure["what"]}.')
     if m.dataset: lines.append(f'Data: {", ".join(m.dataset.get("sources", []))} (' + ', '.join(f'{s} {n:,}' for s, n in m.dataset.get('splits', {}).items()) + f'), dataset sha256 `{m.dataset.get("sha256", "")[:12]}`, seed {m.seeds.get("train", m.parameters.get("seed", 0))}.')
+    if m.dataset.get('test_rows_in_training'): lines.append(f'**The protocol as published, with its leak: {m.dataset["test_rows_in_training"]:,} of {m.dataset["splits"]["test"]:,} test pictures are in training too.** The figures below are for comparison with the literature alone.')
     held = {k: v for k, v in m.metrics.items() if not (v if isinstance(v, dict) else v.model_dump())['in_sample'] and not k.endswith('_raw')}
     for k, v in held.items():
         v = v if isinstance(v, dict) else v.model_dump()

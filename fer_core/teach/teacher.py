@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, torch
-from ..artifacts import FerError, Run, parent, sha256_file
+from ..artifacts import FerError, Run, parent, read_json, sha256_file
 from ..data.hard import train_weights
 from ..data.loader import Augment, Feeder, Pack, make_mix, open_pack
 from ..data.samplers import make_sampler
@@ -30,8 +30,9 @@ def open_data(run:Run,         # run that reads the data
              )->Pack:          # the pack
     "Open a pack and record it as the run's dataset."
     pack = open_pack(data, spec, progress=lambda i, n: run.progress(i, n, f'packing {i:,}/{n:,}'))
-    splits = pack.table['split'].value_counts().to_dict()
-    run.record(dataset={'folder': str(data), 'sha256': pack.dataset_sha256, 'sources': sorted(pack.table['source'].unique()), 'splits': splits, 'priors': dict(zip(CLASSES, pack.priors().round(6)))},
+    splits, clean = pack.table['split'].value_counts().to_dict(), Path(data)/'clean_report.json'
+    leak = {k: v for k, v in (read_json(clean) if clean.is_file() else {}).items() if k in ('copies', 'test_rows_in_training')}
+    run.record(dataset={'folder': str(data), 'sha256': pack.dataset_sha256, 'sources': sorted(pack.table['source'].unique()), 'splits': splits, 'priors': dict(zip(CLASSES, pack.priors().round(6))), **leak},
                preprocessing=spec.to_dict(), class_order=list(CLASSES), parents={'data': parent(data, 'classification_manifest.csv')})
     return pack
 
