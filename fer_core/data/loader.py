@@ -34,9 +34,10 @@ class Feeder:
         sampler=None,      # f(rows, labels, seed, epoch) -> rows of an epoch, e.g. a `Sampler`; None = each row once, shuffled
         mix:Mix|None=None, # mix the pictures of shuffled epochs; targets are then `Mixed`
         prefetch:int=0,    # batches made ahead by a thread; 0 = when asked for
-        resident:bool|None=None): # keep all pixels in the device's memory; None = on a GPU, if they fit
+        resident:bool|None=None, # keep all pixels in the device's memory; None = on a GPU, if they fit
+        part:tuple=(0, 1)): # (k, n): the k-th of n processes, which gets every n-th picture of each shuffled batch
         self.pack, self.seed, self.augment, self.views, self.device = pack, seed, augment, views, torch.device(device)
-        self.sampler, self.mix, self.prefetch = sampler, mix, prefetch
+        self.sampler, self.mix, self.prefetch, self.part = sampler, mix, prefetch, part
         self.labels = torch.from_numpy(pack.labels)
         resident = _fits(pack, self.device) if resident is None else resident
         self.pixels = torch.from_numpy(np.array(pack.pixels)).to(self.device) if resident else None
@@ -59,12 +60,19 @@ class Feeder:
         s = self.pack.spec
         return x.to(torch.float32).mul_(1/(255*s.std)).sub_(s.mean/s.std)
 
-    def _batch(self, r, views, mixing): # r: row numbers; views, mixing: random numbers of every row, or None
+    def _part(self, x, y, r):
+        "What of a whole batch is this process's."
+        k, n = self.part
+        return x[k::n], Mixed(*(v[k::n] for v in y)) if isinstance(y, Mixed) else y[k::n], r[k::n]
+
+    def _batch(self, r, views, mixing, whole=True): # r: row numbers; views, mixing: random numbers of every row, or None
+        if not whole and mixing is None: r = r[self.part[0]::self.part[1]]
         x, y = self._gather(r), self.labels[r].to(self.device)
         if views is not None: x = augment_batch(x, torch.from_numpy(views[r]).to(self.device), self.augment)
         if mixing is not None:
             x, share = mix_pictures(x, mixing[r], self.mix)
             y = Mixed(y, y.flip(0), share)
+        if not whole and mixing is not None: x, y, r = self._part(x, y, r) # partners may be another process's
         return x.contiguous(memory_format=torch.channels_last), y, r
 
     def batches(self, rows:np.ndarray, # row numbers
@@ -77,8 +85,8 @@ class Feeder:
         views = draw_views(len(self.pack), self.seed, view) if view is not None and self.augment else None
         mixing = draw_mix(len(self.pack), self.seed, epoch) if epoch is not None and self.mix else None
         cuts = [rows[i:i+batch_size] for i in range(0, len(rows), batch_size)]
-        if epoch is not None and len(rows) > 1: cuts = [r for r in cuts if len(r) > 1]  # batch norm cannot train on one
-        yield from made_ahead(lambda r: self._batch(r, views, mixing), cuts, self.prefetch)
+        if epoch is not None and len(rows) > 1: cuts = [r for r in cuts if len(r) > max(1, self.part[1] - 1)]  # batch norm cannot train on one, nor a process on none
+        yield from made_ahead(lambda r: self._batch(r, views, mixing, epoch is None), cuts, self.prefetch)
 
 # %% ../../nbs/data/loader.ipynb #c006
 def made_ahead(make,  # function of one item

@@ -54,6 +54,23 @@ class Pack:
         counts = self.counts(split)
         return counts/counts.sum()
 
+    def votes(self)->np.ndarray: # (n, 7) float32, rows sum to 1
+        "Several people's opinions as probabilities; one for the label where a row has none."
+        out = np.eye(N_CLASSES, dtype=np.float32)[self.labels]
+        for i in np.flatnonzero((self.table['soft_label'] != '').to_numpy()): out[i] = np.array(self.table['soft_label'].iat[i].split(), np.float32)
+        return out
+
+    def thinned(self, fraction:float, # share of each class's training rows to keep, above 0 to 1
+                seed:int=0            # which
+               )->'Pack':             # the same pixels; the other training rows are of split 'unlabelled'
+        "A part of the training rows, at least one of each class, as if the others had no label."
+        if not 0 < fraction <= 1: raise FerError('bad_parameter', f'label_fraction {fraction:g} is no share', 'give a number above 0, up to 1')
+        split, rng = self.table['split'].to_numpy(object).copy(), np.random.default_rng([seed, 6])
+        for c in range(N_CLASSES):
+            rows = rng.permutation(np.flatnonzero((split == 'train') & (self.labels == c)))
+            split[rows[max(1, round(fraction*len(rows))):]] = 'unlabelled'
+        return replace(self, table=self.table.assign(split=split))
+
 # %% ../../nbs/data/pack.ipynb #c006
 def _face(image, box, spec):
     "The row's face: its box if it has one, else the whole picture."

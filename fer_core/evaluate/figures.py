@@ -12,9 +12,9 @@ from ..artifacts import FerError
 from ..labels import CLASSES, COLOURS, N_CLASSES
 
 # %% auto #0
-__all__ = ['PALETTE', 'STYLES', 'stamp', 'curves', 'compare_curves', 'confusion', 'confusion_delta', 'per_class_bars',
-           'class_distribution', 'reliability_diagram', 'classwise_ece_bars', 'risk_coverage', 'latency_cdf',
-           'size_vs_f1', 'montage']
+__all__ = ['PALETTE', 'STYLES', 'stamp', 'curves', 'LiveCurves', 'compare_curves', 'confusion', 'confusion_delta',
+           'per_class_bars', 'class_distribution', 'reliability_diagram', 'classwise_ece_bars', 'risk_coverage',
+           'latency_cdf', 'size_vs_f1', 'montage', 'forest', 'class_heat', 'cost_vs_accuracy', 'fusion_front']
 
 # %% ../../nbs/evaluate/figures.ipynb #c005
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#666666')  # Okabe-Ito, order of the series
@@ -73,6 +73,22 @@ def curves(history:list[dict] # rows of epoch, train_loss, val_loss, val_accurac
         rate.set_ylabel('learning rate', fontsize=8, color='.5'); rate.tick_params(labelsize=7, colors='.5', which='both'); rate.spines[['top', 'left']].set_visible(False)
     left.legend(fontsize=8, frameon=False); right.legend(fontsize=8, frameon=False)
     return fig
+
+# %% ../../nbs/evaluate/figures.ipynb #clive
+class LiveCurves:
+    "Curves of a training under way, redrawn below the running cell after every epoch."
+    def __init__(self): self.handle = None
+
+    def __call__(self, history:list[dict]): # epochs so far
+        "Redraw."
+        from IPython.display import display
+        if self.handle is None: self.handle = display(curves(history), display_id=True)
+        else: self.handle.update(curves(history))
+
+    def close(self):
+        "Leave one line in place of the picture: the report draws the curves of the finished run."
+        from IPython.display import Markdown
+        if self.handle: self.handle.update(Markdown('*trained; the curves are below*'))
 
 # %% ../../nbs/evaluate/figures.ipynb #c010
 def compare_curves(histories:dict[str, list[dict]], # name -> history
@@ -284,4 +300,91 @@ def montage(images,        # pictures: (h, w) grey, (h, w, 3) RGB or (c, h, w), 
         ax.set_xticks([]); ax.set_yticks([])
         ax.spines[:].set(color='white' if colours is None else colours[k], linewidth=2)
         if titles is not None: ax.set_title(titles[k], fontsize=7, pad=3)
+    return fig
+
+# %% ../../nbs/evaluate/figures.ipynb #e002
+def forest(rows:list[dict], # name, macro_f1; seeds and faces [low, high] or None, by_seed, published or None
+           key:str='macro_f1', # the figure
+           ax=None          # axes to draw on
+          )->Figure:
+    "A figure of several models with its intervals over seeds and over test faces."
+    fig, ax = _axes(ax, (6.4, .9 + .34*len(rows)))
+    for y, r in enumerate(rows):
+        if r.get('faces'): ax.plot(r['faces'], (y, y), color=PALETTE[0], linewidth=1.1, label='over test faces, 95 %', zorder=2)
+        if r.get('seeds'): ax.plot(r['seeds'], (y, y), color=PALETTE[0], linewidth=5, alpha=.35, solid_capstyle='butt', label='over seeds, 95 %', zorder=1)
+        ax.plot(r.get('by_seed', ()), [y]*len(r.get('by_seed', ())), 'o', color='.45', markersize=3, label='one training', zorder=3)
+        ax.plot(r[key], y, 's', color=PALETTE[0], markersize=5.5, label='mean', zorder=4)
+        if r.get('published') is not None: ax.plot(r['published'], y, 'D', markerfacecolor='none', color=PALETTE[1], markersize=6, label='published, other faces', zorder=4)
+    ax.axvline(rows[0][key], color='.7', linewidth=.8, linestyle=':', zorder=0)
+    ax.set_yticks(range(len(rows)), [r['name'] for r in rows]); ax.set_ylim(len(rows) - .4, -.6)
+    _tidy(ax, key.replace('_', '-').replace('f1', 'F1'), '', grid='x')
+    told = dict(zip(*reversed(ax.get_legend_handles_labels())))
+    ax.legend(told.values(), told, fontsize=7.5, frameon=False, ncols=3, loc='lower center', bbox_to_anchor=(.4, 1.0))
+    return fig
+
+# %% ../../nbs/evaluate/figures.ipynb #e004
+def class_heat(tables:dict[str, dict], # name -> {class: F1 0..1}
+               supports=None,          # faces of each class, in class order
+               ax=None                 # axes to draw on
+              )->Figure:
+    "F1 of every class and model as a grid; the best of a class in bold."
+    values = np.array([[t[c] for c in CLASSES] for t in tables.values()], float)
+    fig, ax = _axes(ax, (6.4, 1.1 + .3*len(tables)))
+    image = ax.imshow(values, cmap='Blues', vmin=0, vmax=1, aspect='auto')
+    for (i, j), v in np.ndenumerate(values):
+        best = len(values) > 1 and v == values[:, j].max()
+        ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=7.5, color='white' if v > .6 else 'black', fontweight='bold' if best else 'normal')
+    ticks = CLASSES if supports is None else [f'{c}\nn = {s:,}' for c, s in zip(CLASSES, supports)]
+    ax.set_xticks(range(N_CLASSES), ticks); ax.set_yticks(range(len(tables)), list(tables))
+    _tidy(ax, '', '', grid=None); ax.spines[:].set_visible(False); ax.tick_params(length=0)
+    _tidy_bar(fig.colorbar(image, ax=ax, shrink=.9, aspect=20), 'F1')
+    return fig
+
+# %% ../../nbs/evaluate/figures.ipynb #e007
+def _spread(values, gap):
+    "Positions in the order of `values`, no two closer than `gap`, moved as little as a sweep up and a shift back allow."
+    order, out = np.argsort(values, kind='stable'), np.array(values, float)
+    for a, b in zip(order, order[1:]): out[b] = max(out[b], out[a] + gap)
+    return out - (out - values).mean()
+
+def cost_vs_accuracy(rows:list[dict], # name, mmacs (None = left out), accuracy; optional ci [low, high] and group
+                     ax=None          # axes to draw on
+                    )->Figure:
+    "Accuracy against multiply-adds for one face; models of one group share a colour."
+    fig, ax = _axes(ax, (6.4, 3.6))
+    rows = [r for r in rows if r.get('mmacs')]
+    if not rows: raise FerError('bad_parameter', 'no model with known multiply-adds', 'the runs record them as compression.mmacs')
+    y, x = (np.array([r[k] for r in rows], float) for k in ('accuracy', 'mmacs'))
+    ends = np.array([r.get('ci') or (r['accuracy'],)*2 for r in rows], float)
+    gap, place = max(np.ptp(ends), 1e-3)*.07, y.copy()
+    for same in (x == v for v in np.unique(x)): place[same] = _spread(y[same], gap)
+    for i, group in enumerate(dict.fromkeys(r.get('group', '') for r in rows)):
+        of = np.array([r.get('group', '') == group for r in rows])
+        ax.errorbar(x[of], y[of], [y[of] - ends[of, 0], ends[of, 1] - y[of]], fmt='osD^v'[i % 5], color=PALETTE[i % len(PALETTE)], capsize=3, linewidth=1, markersize=5.5, label=group)
+    for r, px, py, at in zip(rows, x, y, place): ax.annotate(r['name'], (px, py), xytext=(1.06*px, at), fontsize=7.5, va='center', arrowprops=dict(arrowstyle='-', color='.75', linewidth=.6, shrinkA=0, shrinkB=3))
+    ax.set_xscale('log'); ax.set_xlim(x.min()/1.3, x.max()*2.4)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_major_formatter('{x:g}'); ax.xaxis.set_minor_formatter(NullFormatter())
+    _tidy(ax, 'multiply-adds for one face, millions, log scale', 'accuracy')
+    ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.0))
+    return fig
+
+# %% ../../nbs/evaluate/figures.ipynb #f102
+def fusion_front(front:list[dict],   # points of the front: ece, macro_f1
+                 points:dict[str, dict], # name -> point, e.g. uniform, bagged, plain search
+                 alone:dict[str, dict]|None=None, # name -> point of each member by itself
+                 chosen:str='',      # name of the point that was taken; it is ringed
+                 ax=None             # axes to draw on
+                )->Figure:
+    "Macro-F1 against ECE of an ensemble's weight vectors."
+    fig, ax = _axes(ax, (5.8, 3.6))
+    front = sorted(front, key=lambda p: p['ece'])
+    ax.step([p['ece'] for p in front], [p['macro_f1'] for p in front], '-', where='post', color='.6', linewidth=1.2, marker='.', markersize=5, label=f'Pareto front ({len(front)} vectors)')
+    for i, (name, p) in enumerate(points.items()):
+        ax.plot(p['ece'], p['macro_f1'], 'osD^v'[i % 5], color=PALETTE[i % len(PALETTE)], markersize=7, label=name)
+        if name == chosen: ax.plot(p['ece'], p['macro_f1'], 'o', color='black', fillstyle='none', markersize=14, label='chosen')
+    for i, (name, p) in enumerate((alone or {}).items()):
+        ax.plot(p['ece'], p['macro_f1'], 'x', color='.35', markersize=6, label='a member alone' if i == 0 else None)
+        ax.annotate(name, (p['ece'], p['macro_f1']), xytext=(5, 3), textcoords='offset points', fontsize=7, color='.35')
+    ax.margins(x=.12, y=.12)
+    _tidy(ax, 'ECE after the temperature', 'macro-F1'); ax.legend(fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
     return fig

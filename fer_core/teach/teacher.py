@@ -16,9 +16,10 @@ from ..labels import CLASSES
 from ..models.backbones import Classifier, ModelConfig, calm_residuals, load_model, load_pretrained, model_size, refit_batchnorm
 from ..models.inherit import inherit_from
 from ..models.heads import margin_at
-from ..train.judge import judge_model
+from ..train.judge import judge_adjusted, judge_model
 from ..train.loop import TrainConfig, choose_precision, fit
 from ..train.objective import LabelLoss, label_objective
+from ..train.parallel import share_batchnorm, together
 
 # %% auto #0
 __all__ = ['open_data', 'device', 'row_weights', 'match_data', 'start_model', 'margin_schedule', 'train_teacher']
@@ -27,9 +28,12 @@ __all__ = ['open_data', 'device', 'row_weights', 'match_data', 'start_model', 'm
 def open_data(run:Run,         # run that reads the data
               data,            # curated data folder
               spec:Preprocess, # preprocessing
+              fraction:float=1., # share of each class's training rows that has its label
+              seed:int=0       # which
              )->Pack:          # the pack
     "Open a pack and record it as the run's dataset."
     pack = open_pack(data, spec, progress=lambda i, n: run.progress(i, n, f'packing {i:,}/{n:,}'))
+    if fraction != 1: pack = pack.thinned(fraction, seed)
     splits, clean = pack.table['split'].value_counts().to_dict(), Path(data)/'clean_report.json'
     leak = {k: v for k, v in (read_json(clean) if clean.is_file() else {}).items() if k in ('copies', 'test_rows_in_training')}
     run.record(dataset={'folder': str(data), 'sha256': pack.dataset_sha256, 'sources': sorted(pack.table['source'].unique()), 'splits': splits, 'priors': dict(zip(CLASSES, pack.priors().round(6))), **leak},
@@ -41,7 +45,7 @@ def device()->str: # 'cuda' where there is one, else 'cpu'
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 # %% ../../nbs/teach/teacher.ipynb #c004b
-def row_weights(run:Run,  # run that is trained with them
+def row_weights(run:Run|None, # run that is trained with them; None = it is not told
                 path:str, # CSV with id, label, weight; '' = none
                 pack:Pack # the data
                )->tuple:  # (n,) float32 weights or None, and what the run's last.ckpt is bound to
@@ -51,7 +55,7 @@ def row_weights(run:Run,  # run that is trained with them
     entry = parent(Path(path).parent, Path(path).name) | {'id': Path(path).resolve().parent.name}
     of_train = w[pack.rows('train')].astype(np.float64)
     told = {'least': of_train.min(), 'greatest': of_train.max(), 'effective_rows': round(of_train.sum()**2/(of_train**2).sum(), 1)}
-    run.record(parents={'sample_weights': entry}, reliability={'sample_weights': told})
+    if run: run.record(parents={'sample_weights': entry}, reliability={'sample_weights': told})
     return None if (of_train == 1).all() else torch.from_numpy(w), (f'sample_weights {entry["sha256"]}',)
 
 # %% ../../nbs/teach/teacher.ipynb #c006
@@ -92,6 +96,22 @@ def margin_schedule(m:float, warmup:int, ramp:int): # margin (radians), epochs w
     return on_epoch
 
 # %% ../../nbs/teach/teacher.ipynb #c009
+def _train_part(part,     # (k, n) processes
+                run, data, config, spec, cfg, augment, pretrained, loss, margins, resume_from, sampler, mix, sample_weights, votes, fraction, show=None):
+    "What each of the processes that train a teacher does; returns the history."
+    pack = open_pack(data, spec)
+    if fraction != 1: pack = pack.thinned(fraction, cfg.seed)
+    of_rows, bound = row_weights(run if part[0] == 0 else None, sample_weights, pack)
+    feed = Feeder(pack, device(), cfg.seed, augment, sampler=make_sampler(sampler), mix=mix, part=part)
+    model, report = start_model(match_data(config, spec, pretrained), feed, pretrained, cfg.seed)
+    if part[1] > 1: report['shared_batchnorms'] = share_batchnorm(model)
+    if part[0] == 0: run.record(seeds={'train': cfg.seed}, reliability={'start': report}, compression=model_size(model, spec))
+    if fraction != 1: bound += (f'label_fraction {fraction}',)
+    if votes: bound += ('votes',)
+    return fit(run, model, feed, label_objective(loss, pack.counts(), of_rows, torch.from_numpy(pack.votes()) if votes else None), cfg, margin_schedule(config.m, *margins), resume_from or None, bound, show)
+
+def _train_process(part, folder, args): return _train_part(part, Run(folder), *args)
+
 def train_teacher(run:Run,             # run folder
                   data,                # curated data folder
                   config:ModelConfig,  # model
@@ -107,18 +127,27 @@ def train_teacher(run:Run,             # run folder
                   sampler:str='none',  # rows of an epoch: 'none' = each once, or 'sqrt', 'balanced', 'effective'
                   mixup:float=0.,      # α of MixUp, 0 = off
                   cutmix:float=0.,     # α of CutMix, 0 = off
-                  sample_weights:str='' # CSV with id, label, weight of training rows; '' = none
+                  sample_weights:str='', # CSV with id, label, weight of training rows; '' = none
+                  votes:bool=False,    # learn people's votes, where the manifest has them, in place of labels
+                  fraction:float=1.,   # share of each class's training rows that has its label
+                  posthoc:bool=False,  # judge logits adjusted for the class priors as well, by a τ from validation
+                  processes:int=1,     # that train together on this machine
+                  show=None            # f(history), after every epoch (one process)
                  )->tuple[dict, list]: # metrics by set, history
     "Train a teacher and judge it."
-    sampler, mix = make_sampler(sampler), make_mix(mixup, cutmix) # wrong ones are named before anything is packed
+    make_sampler(sampler); mix = make_mix(mixup, cutmix) # wrong ones are named before anything is packed
     if loss.contrast and mix: raise FerError('bad_parameter', f'contrast={loss.contrast:g} beside mixed pictures: they are of no one class', 'pass contrast=0, or mixup=0 and cutmix=0')
-    pack = open_data(run, data, spec)
-    of_rows, bound = row_weights(run, sample_weights, pack)
-    feed = Feeder(pack, device(), cfg.seed, augment, sampler=sampler, mix=mix)
-    model, report = start_model(match_data(config, spec, pretrained), feed, pretrained, cfg.seed)
-    precision = choose_precision(cfg.precision, config.backbone, device())
-    run.record(seeds={'train': cfg.seed}, reliability={'start': report, 'precision': precision, 'flip_averaged': flip}, compression=model_size(model, spec))
-    if mix: run.record(reliability={'mixing': asdict(mix)})
-    history = fit(run, model, feed, label_objective(loss, pack.counts(), of_rows), cfg, margin_schedule(config.m, margin_warmup, margin_ramp), resume_from or None, bound)
+    if loss.contrast and processes > 1: raise FerError('bad_parameter', f'contrast={loss.contrast:g} in {processes} processes: each would contrast its own part of a batch only', 'pass contrast=0 or processes=1')
+    if votes and mix: raise FerError('bad_parameter', 'votes beside mixed pictures: the partner has votes of its own', 'pass votes=false, or mixup=0 and cutmix=0')
+    pack = open_data(run, data, spec, fraction, cfg.seed)
+    run.record(reliability={'precision': choose_precision(cfg.precision, config.backbone, device()), 'flip_averaged': flip, **({'processes': processes} if processes > 1 else {}), **({'mixing': asdict(mix)} if mix else {})})
+    args = (data, config, spec, cfg, augment, pretrained, loss, (margin_warmup, margin_ramp), resume_from, sampler, mix, sample_weights, votes, fraction)
+    if processes == 1: history = _train_part((0, 1), run, *args, show)
+    else:
+        history = together(processes, _train_process, str(run.folder), args)
+        run.manifest = Run(run.folder).manifest # the first process has written to it
     best, _, _ = load_model(run.folder)
-    return judge_model(run, best.to(device()), feed, 'teacher', flip), history
+    feed = Feeder(pack, device(), cfg.seed, augment)
+    metrics = judge_model(run, best.to(device()), feed, 'teacher', flip)
+    if posthoc: judge_adjusted(run, pack, 'teacher')
+    return metrics, history

@@ -6,15 +6,16 @@
 from __future__ import annotations
 from pathlib import Path
 import numpy as np
-from ..artifacts import FerError, Run, atomic_path, write_json
+from ..artifacts import FerError, Run, atomic_path, read_json, write_json
 from ..data.loader import Feeder, Pack
 from ..evaluate.calibrate import calibrate, reliability
 from ..evaluate.metrics import evaluate, softmax
 from ..labels import CLASSES
+from .adjust import adjust_logits, choose_tau
 from .loop import predict_logits
 
 # %% auto #0
-__all__ = ['judge_logits', 'save_logits', 'read_logits', 'write_verdict', 'judge_model']
+__all__ = ['judge_logits', 'save_logits', 'read_logits', 'write_verdict', 'judge_model', 'judge_adjusted']
 
 # %% ../../nbs/train/judge.ipynb #c004
 def judge_logits(logits:dict[str, np.ndarray], # split -> (n, 7): 'val' and 'test'
@@ -72,3 +73,19 @@ def judge_model(run:Run, model, feed:Feeder, name:str='model', flip:bool=False)-
     "Logits of val and test by a model in float32, as it will be exported, then the verdict."
     logits = {s: predict_logits(model, feed, feed.pack.rows(s), flip=flip) for s in ('val', 'test')}
     return write_verdict(run, feed.pack, logits, name)
+
+# %% ../../nbs/train/judge.ipynb #c008b
+def judge_adjusted(run:Run,  # run folder with its logits
+                   pack:Pack, # the data
+                   name:str='model', # what the figures are of
+                   threshold:float=.35 # abstention threshold
+                  )->dict:   # tau, validation macro-F1 without and with it, metrics of test
+    "Judge the calibrated logits less τ log π, the class priors of training, τ chosen on validation; writes adjustment.json."
+    logits, labels = read_logits(run.path('logits.npz'), pack.dataset_sha256)
+    T = read_json(run.path('calibration.json'))['temperature']
+    tau, scores = choose_tau(logits['val']/T, labels['val'], pack.priors())
+    m = evaluate(adjust_logits(logits['test']/T, pack.priors(), tau).astype(np.float32), labels['test'], 'test', False, 1., threshold, pack.dataset_sha256)
+    found = {'tau': tau, 'val_macro_f1': {'without': scores[0], 'with': max(scores)}, 'test': m}
+    write_json(run.path('adjustment.json'), found)
+    run.record(metrics={f'{name}/test_adjusted': {a: b for a, b in m.items() if not isinstance(b, (list, dict))}}, reliability={'adjustment': {k: found[k] for k in ('tau', 'val_macro_f1')}})
+    return found

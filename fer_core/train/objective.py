@@ -53,7 +53,8 @@ def training_logits(net, # classifier
 # %% ../../nbs/train/objective.ipynb #c009
 def label_objective(loss:LabelLoss=LabelLoss(), # options
                     counts=None,  # (k,) training pictures per class; needed where classes are weighted or adjusted for
-                    sample=None   # (n,) weights of the pack's rows or None
+                    sample=None,  # (n,) weights of the pack's rows or None
+                    votes=None    # (n, 7) probabilities of the pack's rows in place of their labels, or None
                    ):             # f(net, x, y, rows, epoch) -> loss
     "Loss of a model trained on labels."
     if counts is None and (loss.class_power or loss.class_beta or loss.tau): raise FerError('bad_parameter', 'class weights and logit adjustment need the class counts of training')
@@ -64,8 +65,14 @@ def label_objective(loss:LabelLoss=LabelLoss(), # options
         more = 0.
         if loss.contrast: z, more = _contrasted(net, x, y, loss)
         else: z = training_logits(net, x, y)
+        if votes is not None: y = _voted(y, votes, rows)
         return ce_loss(adjusted(z), y, loss.smoothing, None if weights is None else weights.to(x.device), of_rows, loss.gamma) + more
     return objective
+
+def _voted(y, votes, rows):
+    "People's votes on a batch; the margin of a head stays on the label."
+    if isinstance(y, Mixed): raise FerError('bad_parameter', 'votes beside mixed pictures: the partner has votes of its own', 'pass votes=false, or mixup=0 and cutmix=0')
+    return votes[rows].to(y.device)
 
 def _contrasted(net, x, y, loss):
     "Logits, and the contrastive term times its weight, from one pass."
