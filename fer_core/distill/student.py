@@ -14,17 +14,17 @@ from ..data.preprocess import Preprocess
 from .dkd import dkd_loss, dkd_warmup
 from .kd import kd_loss, mixed_teacher
 from ..evaluate.gates import phase_adopted, rarest
-from ..models.backbones import ModelConfig, load_model, model_size, with_projector
+from ..models.backbones import ModelConfig, fit_input, load_model, model_size, with_projector
 from ..teach.softlabels import SoftLabels, read_softlabels
 from ..teach.teacher import device, match_data, open_data, row_weights, start_model
 from ..train.judge import judge_model
 from ..train.objective import LabelLoss, label_objective
 from ..train.loop import TrainConfig, choose_precision, fit
-from ..train.losses import ce_loss, prior_weights, weigh
+from ..train.losses import ce_loss, weigh
 
 # %% auto #0
-__all__ = ['PHASES', 'OF_THE_MODEL', 'hint_loss', 'kd_objective', 'dkd_objective', 'adopted_run', 'started_from', 'adoption',
-           'train_student']
+__all__ = ['PHASES', 'OF_THE_MODEL', 'LOSS', 'hint_loss', 'kd_objective', 'dkd_objective', 'adopted_run', 'started_from',
+           'adoption', 'train_student']
 
 # %% ../../nbs/distill/student.ipynb #c004
 def hint_loss(h:torch.Tensor, # (n, width) the projector's guess
@@ -95,9 +95,10 @@ def started_from(folder # run folder of a model
 def adoption(run:Run, # this phase's run
              phase:str, # kd or dkd
              metrics:dict, # its metrics by set
-             before # run folder of the phase before
+             before # run folder of the phase before; '' = it is the first
             )->dict: # adopted, reason, stands
-    "Decide on validation whether a phase is adopted."
+    "Decide on validation whether a phase is adopted; a first one is."
+    if not before: return {'adopted': True, 'reason': f'{phase.upper()} from scratch: nothing stood before it', 'stands': run.folder.name, 'compared_with': ''}
     stands = adopted_run(before)
     rule = {} if phase == 'dkd' else {'least_gain': 0., 'rare_gain': None}
     ok, reason = phase_adopted(read_json(stands/'metrics.json')['val'], metrics['val'], rarest(run.manifest.dataset['priors']), **rule)
@@ -105,31 +106,41 @@ def adoption(run:Run, # this phase's run
 
 # %% ../../nbs/distill/student.ipynb #c009
 PHASES = ('ce', 'kd', 'dkd')
-OF_THE_MODEL = ('backbone', 'head', 'output_stride', 'dropout', 'weights_mean', 'weights_std') # parameters that a later phase takes from its model
+OF_THE_MODEL = ('backbone', 'head', 'output_stride', 'stem_stride', 'attention', 'options', 'dropout', 'weights_mean', 'weights_std') # parameters that a later phase takes from its model
+LOSS = {'smoothing': .1, 'class_power': 0., 'class_beta': 0., 'gamma': 0., 'tau': 0., 'contrast': 0., 'contrast_T': .1, # of labels
+        'T': 2., 'alpha': .5, 'dkd_alpha': 1., 'dkd_beta': 4., 'dkd_warmup': 5, 'hint': 0.} # of distillation
 
-def _check(phase, before, softlabels, hint, mix):
+def _label_loss(p): return LabelLoss(*(p[k] for k in ('smoothing', 'class_power', 'class_beta', 'gamma', 'tau', 'contrast', 'contrast_T')))
+
+def _check(phase, softlabels, p, mix):
+    if unknown := sorted(set(p) - set(LOSS)): raise FerError('bad_parameter', f'the loss of a student has no {unknown[0]!r}', f'it has {", ".join(LOSS)}')
     if phase not in PHASES: raise FerError('bad_parameter', f'phase {phase!r} is none of {PHASES}')
+    loss = _label_loss(p)
+    if loss.contrast and mix: raise FerError('bad_parameter', f'contrast={loss.contrast:g} beside mixed pictures: they are of no one class', 'pass contrast=0, or mixup=0 and cutmix=0')
     if phase == 'ce': return
-    if not (before and softlabels): raise FerError('bad_parameter', f'phase {phase} needs the run before it and soft labels', "pass before=RUN and softlabels=RUN")
-    if hint and mix: _refuse_hint(hint)
+    if not softlabels: raise FerError('bad_parameter', f'phase {phase} needs soft labels', 'pass softlabels=RUN of an ensemble, of one teacher or more')
+    if p['hint'] and mix: _refuse_hint(p['hint'])
+    of_ce = [k for k in ('gamma', 'tau', 'contrast') if p[k]]
+    if of_ce: raise FerError('bad_parameter', f'{of_ce[0]}={p[of_ce[0]]:g} in phase {phase}: it belongs to the ce phase', f'pass {of_ce[0]}=0; smoothing, class_power and class_beta weight the hard part of {phase}')
 
 def _soft_labels(folder, pack, hints):
     soft = read_softlabels(folder, pack, hints)
     if not len(soft.views): raise FerError('bad_parameter', f'{folder} holds no augmented views', 'run the ensemble stage with views=8')
     return soft
 
-def _standing_model(run, before, softlabels, spec, soft, hint, seed):
+def _standing_model(run, before, spec):
     "The model that stands, for a later phase to go on from, and a report of it."
     stands = adopted_run(before)
     model, its_spec, _ = load_model(stands)
     if its_spec != spec: raise FerError('bad_parameter', f'{stands.name} was trained with another preprocessing than this phase', f'pass the same size and CLAHE: {its_spec}')
-    if hint and model.config.hint != soft.hints.shape[-1]: model = with_projector(model, soft.hints.shape[-1], seed)
-    run.record(parameters={k: getattr(model.config, k) for k in OF_THE_MODEL}) # its own, not the stage's defaults
-    run.record(parents={'before': parent(stands, 'best.safetensors'), 'softlabels': parent(softlabels, 'softlabels.npz')})
+    run.record(parameters={k: getattr(model.config, k) for k in OF_THE_MODEL}, parents={'before': parent(stands, 'best.safetensors')}) # its own parameters, not the stage's defaults
     return model, {'pretrained': str(stands)}
 
-def _phase_objective(phase, soft, feed, weights, p, sample):
-    if phase == 'ce': return label_objective(LabelLoss(p['smoothing'], p['class_power']), feed.pack.counts(), sample)
+def _phase_objective(phase, soft, feed, p, sample):
+    loss, counts = _label_loss(p), feed.pack.counts()
+    if phase == 'ce': return label_objective(loss, counts, sample)
+    weights = loss.weights(counts)
+    weights = None if weights is None else weights.to(feed.device)
     if phase == 'kd': return kd_objective(soft, feed.view_of, p['T'], p['alpha'], p['smoothing'], weights, p['hint'], sample)
     return dkd_objective(soft, feed.view_of, p['T'], p['dkd_alpha'], p['dkd_beta'], p['dkd_warmup'], p['smoothing'], weights, p['hint'], sample)
 
@@ -140,35 +151,36 @@ def train_student(run:Run,            # run folder
                   config:ModelConfig, # model
                   spec:Preprocess,    # preprocessing
                   cfg:TrainConfig,    # training settings
-                  before='',          # run folder of the phase before (kd, dkd)
+                  before='',          # run folder of the phase before (kd, dkd); '' = from scratch
                   softlabels='',      # ensemble run folder (kd, dkd)
                   augment:Augment=Augment(), # of the ce phase; later phases use the soft labels' own
-                  loss:dict|None=None, # smoothing, class_power, T, alpha, dkd_alpha, dkd_beta, dkd_warmup, hint
-                  pretrained:str='none', # 'none', 'hub' or a weights file (ce)
+                  loss:dict|None=None, # any of `LOSS`
+                  pretrained:str='none', # 'none', 'hub' or a weights file (first phase)
                   resume_from:str='', # last.ckpt of another run to continue
-                  donor:str='',       # timm name of a larger network whose weights `pretrained` holds, to be inherited (ce)
+                  donor:str='',       # timm name of a larger network whose weights `pretrained` holds, to be inherited (first phase)
                   sampler:str='none', # rows of an epoch: 'none' = each once, or 'sqrt', 'balanced', 'effective'
                   mixup:float=0.,     # α of MixUp, 0 = off
                   cutmix:float=0.,    # α of CutMix, 0 = off
-                  sample_weights:str='' # CSV with id, label, weight of training rows; '' = none
+                  sample_weights:str='', # CSV with id, label, weight of training rows; '' = none
+                  show=None           # f(history), after every epoch
                  )->tuple[dict, list]: # metrics by set, history
     "Train one phase, judge it, decide on its adoption."
-    p = {'smoothing': .1, 'class_power': 0., 'T': 2., 'alpha': .5, 'dkd_alpha': 1., 'dkd_beta': 4., 'dkd_warmup': 5, 'hint': 0.} | (loss or {})
+    p, distils = LOSS | (loss or {}), phase != 'ce'
     sampler, mix = make_sampler(sampler), make_mix(mixup, cutmix)
-    _check(phase, before, softlabels, p['hint'], mix)
+    _check(phase, softlabels, p, mix)
     pack = open_data(run, data, spec)
-    soft = _soft_labels(softlabels, pack, bool(p['hint'])) if phase != 'ce' else None
+    soft = _soft_labels(softlabels, pack, bool(p['hint'])) if distils else None
     of_rows, bound = row_weights(run, sample_weights, pack)
-    view = (cfg.seed, augment) if phase == 'ce' else (soft.seed, soft.augment, len(soft.views))
+    view = (soft.seed, soft.augment, len(soft.views)) if distils else (cfg.seed, augment)
     feed = Feeder(pack, device(), *view, sampler=sampler, mix=mix)
-    if phase == 'ce': model, report = start_model(match_data(config, spec, pretrained), feed, pretrained, cfg.seed, donor)
-    else: model, report = _standing_model(run, before, softlabels, spec, soft, p['hint'], cfg.seed)
+    if distils and before: model, report = _standing_model(run, before, spec)
+    else: model, report = start_model(match_data(fit_input(config, spec.size), spec, pretrained), feed, pretrained, cfg.seed, donor)
+    if distils: run.record(parents={'softlabels': parent(softlabels, 'softlabels.npz')})
+    if p['hint'] and distils and model.config.hint != soft.hints.shape[-1]: model = with_projector(model, soft.hints.shape[-1], cfg.seed)
     precision = choose_precision(cfg.precision, model.config.backbone, device())
-    run.record(seeds={'train': cfg.seed}, compression=model_size(model, spec), reliability={'start': report, 'precision': precision})
-    if mix: run.record(reliability={'mixing': asdict(mix)})
-    weights = prior_weights(pack.priors(), p['class_power']).to(device()) if p['class_power'] else None
-    history = fit(run, model, feed, _phase_objective(phase, soft, feed, weights, p, of_rows), cfg, resume_from=resume_from or None, bound=bound)
+    run.record(seeds={'train': cfg.seed}, compression=model_size(model, spec), reliability={'start': report, 'precision': precision, **({'mixing': asdict(mix)} if mix else {})})
+    history = fit(run, model, feed, _phase_objective(phase, soft, feed, p, of_rows), cfg, resume_from=resume_from or None, bound=bound, show=show)
     best, _, _ = load_model(run.folder)
     metrics = judge_model(run, best.to(device()), feed, f'student_{phase}')
-    if phase != 'ce': run.record(reliability={'adoption': adoption(run, phase, metrics, before)})
+    if distils: run.record(reliability={'adoption': adoption(run, phase, metrics, before)})
     return metrics, history

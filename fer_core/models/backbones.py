@@ -6,8 +6,10 @@
 from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+import sys
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from ..compat import mend_torchvision
 mend_torchvision()
 import timm
@@ -15,13 +17,18 @@ from safetensors.torch import load_file, save_file
 from ..artifacts import FerError, atomic_path, read_json, sha256_file, write_json
 from ..data.preprocess import Preprocess
 from ..labels import CLASSES, N_CLASSES
+from .cbam import add_cbam
 from .heads import make_head
+import fer_core.models.resemotenet # noqa: F401 (timm knows its four names from here on)
 
 # %% auto #0
-__all__ = ['ModelConfig', 'limit_stride', 'make_backbone', 'Classifier', 'with_projector', 'read_weights', 'match_names',
-           'load_pretrained', 'refit_batchnorm', 'calm_residuals', 'save_model', 'load_model', 'model_size']
+__all__ = ['ModelConfig', 'limit_stride', 'make_backbone', 'fit_input', 'Classifier', 'tokens', 'with_projector', 'read_weights',
+           'match_names', 'load_pretrained', 'refit_batchnorm', 'calm_residuals', 'save_model', 'load_model',
+           'model_size']
 
 # %% ../../nbs/models/backbones.ipynb #c004
+def _frozen(x): return tuple(map(_frozen, x)) if isinstance(x, (list, tuple)) else x
+
 @dataclass(frozen=True)
 class ModelConfig:
     "Everything needed to build a classifier again."
@@ -30,6 +37,7 @@ class ModelConfig:
     channels: int = 1            # 1 grey, 3 RGB
     output_stride: int = 32      # input side / last feature map's side, before stem_stride; 16 keeps detail at 48-64 px
     stem_stride: int = 2         # 1 looks at every pixel of a small input, at two to four times the cost
+    attention: str = ''          # 'cbam' = attention behind every stage of a CNN
     s: float = 30.               # ArcFace scale
     m: float = 0.35              # ArcFace margin, radians
     dropout: float = 0.          # before the head
@@ -40,15 +48,25 @@ class ModelConfig:
     hint: int = 0                # width of the teacher embedding that a projector regresses in distillation; 0 = no projector
     options: tuple = ()          # further timm arguments as (name, value) pairs, e.g. (('pad_type', 'same'),)
 
+    def __post_init__(self):
+        if self.attention not in ('', 'cbam'): raise FerError('bad_parameter', f'attention {self.attention!r} is neither cbam nor empty')
+        object.__setattr__(self, 'options', _frozen(self.options)) # lists of YAML and JSON and tuples are the same config
+
     @classmethod
     def from_dict(cls, d): # what `asdict` gave, perhaps through JSON
         "The config stored with a model."
         known = {f.name for f in fields(cls)}
         if set(d) - known: raise FerError('corrupt_artifact', f'model config has unknown keys {sorted(set(d) - known)}', 'use the fer_core version that wrote it')
-        return cls(**{**d, 'options': tuple(map(tuple, d.get('options', ())))})
+        return cls(**d)
 
 # %% ../../nbs/models/backbones.ipynb #c006
 def _is_shortcut(name): return 'downsample' in name or 'shortcut' in name
+
+def _block_of(net, name):
+    "The block that a convolution strides for: the nearest of its parents with a shortcut, else its parent."
+    parts = name.split('.')
+    up = ['.'.join(parts[:-k]) for k in (1, 2) if len(parts) > k] or ['']
+    return next((p for p in up if any(_is_shortcut(n) for n, _ in net.get_submodule(p).named_children())), up[0])
 
 def limit_stride(net:nn.Module,    # CNN backbone
                  output_stride:int # wanted, a power of two, 4 to 32
@@ -57,12 +75,21 @@ def limit_stride(net:nn.Module,    # CNN backbone
     strided = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
     main = [n for n, _ in strided if not _is_shortcut(n)]
     drop = max(0, (32//output_stride).bit_length() - 1)
-    if drop >= len(main): raise FerError('bad_parameter', f'output_stride {output_stride} asks for {drop} strides less, {type(net).__name__} has {len(main)} strided convolutions', 'use 32 for this backbone')
+    if drop >= len(main): raise FerError('bad_parameter', f'output_stride {output_stride} asks for {drop} strides less, {type(net).__name__} has {len(main)} strided convolutions', 'use 32 for this backbone, or its own timm options')
     for name in main[len(main) - drop:]:
-        block = name.rpartition('.')[0]
+        block = _block_of(net, name)
         for n, m in strided:
             if n == name or _is_shortcut(n) and n.startswith(block + '.'): m.stride = (1, 1)
+        for n, m in net.get_submodule(block).named_modules():
+            if isinstance(m, nn.AvgPool2d) and _is_shortcut(n): m.kernel_size = m.stride = 1 # ResNet-D strides there
     return net
+
+# %% ../../nbs/models/backbones.ipynb #c006b
+def _open_stem(net):
+    "Take the first stride out."
+    name, first = next(((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)), (None, None))
+    if first is None or any(_is_shortcut(n) for n, _ in net.get_submodule(_block_of(net, name)).named_children()): raise FerError('bad_parameter', f'stem_stride 1: {type(net).__name__} has no strided convolution as its stem', 'leave it at 2; patches are set by timm options such as patch_size')
+    first.stride = (1, 1)
 
 def make_backbone(config:ModelConfig, # model config
                   hub:bool=False      # fetch timm's pretrained weights
@@ -73,9 +100,20 @@ def make_backbone(config:ModelConfig, # model config
         if 'Unknown model' not in str(e): raise
         near = timm.list_models(f'*{config.backbone.split("_")[0][:8]}*')[:5]
         raise FerError('bad_parameter', f'timm knows no backbone {config.backbone!r}', f'did you mean one of {near}?') from None
+    except TypeError as e:
+        if 'unexpected keyword' not in str(e): raise
+        raise FerError('bad_parameter', f'{config.backbone} cannot be made with options {dict(config.options)} ({e})', 'options are arguments of its timm class') from None
     if config.output_stride < 32: limit_stride(net, config.output_stride)
-    if config.stem_stride == 1: next(m for m in net.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)).stride = (1, 1)
-    return net
+    if config.stem_stride == 1: _open_stem(net)
+    return add_cbam(net) if config.attention else net
+
+def fit_input(config:ModelConfig, # model config
+              size:int            # input side, pixels
+             )->ModelConfig:      # the same, built for this size
+    "Tell a network that is built for one input size (ViT, Swin) which it is."
+    given = timm.get_pretrained_cfg(config.backbone) if timm.is_model(config.backbone) else None
+    if given is None or not given.fixed_input_size or 'img_size' in dict(config.options): return config
+    return replace(config, options=(*config.options, ('img_size', size)))
 
 # %% ../../nbs/models/backbones.ipynb #c007
 class Classifier(nn.Module):
@@ -89,12 +127,16 @@ class Classifier(nn.Module):
         self.head = make_head(config.head, width, N_CLASSES, **more)
         if config.hint: self.projector = nn.Linear(width, config.hint)
 
+    def rescale(self, x:torch.Tensor # (n, channels, side, side) normalised by the data's spec
+               )->torch.Tensor:      # as the weights expect it
+        "From our input scaling to that of the weights."
+        c = self.config
+        return x if (c.mean, c.std) == (c.weights_mean, c.weights_std) else x*(c.std/c.weights_std) + (c.mean - c.weights_mean)/c.weights_std
+
     def embed(self, x:torch.Tensor # (n, channels, side, side) normalised by the data's spec
              )->torch.Tensor:      # (n, width)
         "Embeddings before the head."
-        c = self.config
-        if (c.mean, c.std) != (c.weights_mean, c.weights_std): x = x*(c.std/c.weights_std) + (c.mean - c.weights_mean)/c.weights_std
-        return self.backbone(x)
+        return self.backbone(self.rescale(x))
 
     def forward(self, x, targets=None): return self.head(self.dropout(self.embed(x)), targets)
 
@@ -103,6 +145,20 @@ class Classifier(nn.Module):
         "Logits and the projector's guess of the teacher's embedding."
         e = self.embed(x)
         return self.head(self.dropout(e)), self.projector(e)
+
+    def with_tokens(self, x:torch.Tensor # (n, channels, side, side)
+                   )->tuple:             # (n, 7) logits, list of (n, tokens, width), one for each stage
+        "Logits and every stage's features, from one pass."
+        if not hasattr(self.backbone, 'forward_intermediates'): raise FerError('bad_parameter', f'{self.config.backbone} does not tell the features of its stages', 'take another timm backbone')
+        last, maps = self.backbone.forward_intermediates(self.rescale(x))
+        return self.head(self.dropout(self.backbone.forward_head(last))), [m.flatten(2).transpose(1, 2) for m in maps]
+
+# %% ../../nbs/models/backbones.ipynb #c008e
+def tokens(model:Classifier, # classifier
+           x:torch.Tensor    # (n, channels, side, side)
+          )->list[torch.Tensor]: # (n, tokens, width) of each stage that timm tells; a CNN's stem may be the first, a ViT's stages are its blocks
+    "Features of every stage: one token a place, row by row; no class token."
+    return model.with_tokens(x)[1]
 
 # %% ../../nbs/models/backbones.ipynb #c008b
 def with_projector(model:Classifier, # a classifier
@@ -135,18 +191,31 @@ def match_names(ours:dict,  # state dict of the network
     same = len(theirs) >= len(ours) and all(_to_grey(t, o.shape).shape == o.shape for t, o in zip(theirs.values(), ours.values()))
     return dict(zip(ours, theirs.values())) if same and not set(ours) & set(theirs) else theirs
 
+_POSITION = ('pos_embed', 'relative_position', 'rel_pos') # parts of names
+
+def _by_timm(net, theirs, path):
+    "Their tensors as the network's family reads them, and the names it resized."
+    read = getattr(sys.modules[type(net).__module__], 'checkpoint_filter_fn', None)
+    if read is None: return theirs, []
+    try: new = read(dict(theirs), net)
+    except (AttributeError, KeyError, RuntimeError, ValueError) as e: raise FerError('corrupt_artifact', f'{path} cannot be read as a {type(net).__name__} ({type(e).__name__}: {e})', 'these are weights of another backbone') from None
+    return new, [k for k, v in new.items() if k in theirs and v.shape != theirs[k].shape]
+
 def load_pretrained(net:nn.Module, # backbone
                     path           # weights file
-                   )->dict:        # {'loaded': count, 'missing': [...], 'unexpected': [...]}
+                   )->dict:        # {'loaded': count, 'missing': [...], 'unexpected': [...], 'resized': [...]}
     "Load what fits of a weights file into a backbone; grey input takes the sum of the RGB filters."
     ours, state = net.state_dict(), {}
-    theirs = match_names(ours, read_weights(path))
+    plain = {k: v for k, v in ours.items() if not k.startswith('cbam.')} # files from elsewhere know no attention
+    theirs = {k.removeprefix('module.').removeprefix('backbone.'): v for k, v in match_names(plain, read_weights(path)).items()}
+    theirs, resized = _by_timm(net, theirs, path)
     for k, v in theirs.items():
-        k = k.removeprefix('module.').removeprefix('backbone.')
-        if k in ours and _to_grey(v, ours[k].shape).shape == ours[k].shape: state[k] = _to_grey(v, ours[k].shape)
-    if len(state) < len(ours)/2: raise FerError('corrupt_artifact', f'{path} fits only {len(state)} of {len(ours)} tensors', 'these are weights of another backbone')
+        if k not in ours: continue
+        if _to_grey(v, ours[k].shape).shape == ours[k].shape: state[k] = _to_grey(v, ours[k].shape)
+        elif any(p in k for p in _POSITION): raise FerError('corrupt_artifact', f'{path}: {k} is {tuple(v.shape)}, the network has {tuple(ours[k].shape)} there', 'give the network the input and window size of the weights, by timm options')
+    if sum(k in plain for k in state) < len(plain)/2: raise FerError('corrupt_artifact', f'{path} fits only {len(state)} of {len(ours)} tensors', 'these are weights of another backbone')
     net.load_state_dict(state, strict=False)
-    return {'loaded': len(state), 'missing': [k for k in ours if k not in state], 'unexpected': [k for k in theirs if k not in state]}
+    return {'loaded': len(state), 'missing': [k for k in ours if k not in state], 'unexpected': [k for k in theirs if k not in state], 'resized': [k for k in resized if k in state]}
 
 # %% ../../nbs/models/backbones.ipynb #c012
 @torch.no_grad()
@@ -208,15 +277,10 @@ def load_model(folder # folder with config.json and its weights
 # %% ../../nbs/models/backbones.ipynb #c018
 def model_size(model:nn.Module, # model
                spec:Preprocess  # its input
-              )->dict:          # params, megabytes (fp32), mmacs (convolutions and linear layers, one face)
+              )->dict:          # params, megabytes (fp32), mmacs (convolutions and matrix products, one face)
     "Parameters, fp32 megabytes and millions of multiply-adds; a projector is not counted."
-    macs, hooks = [], []
-    def count(m, _, out): macs.append(out.numel()*m.weight[0].numel() if isinstance(m, nn.Conv2d) else m.weight.numel())
-    for m in model.modules():
-        if isinstance(m, (nn.Conv2d, nn.Linear)): hooks.append(m.register_forward_hook(count))
     was = model.training
-    with torch.no_grad(): model.eval()(torch.zeros(1, spec.channels, spec.size, spec.size, device=next(model.parameters()).device))
-    for h in hooks: h.remove()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: model.eval()(torch.zeros(1, spec.channels, spec.size, spec.size, device=next(model.parameters()).device))
     model.train(was)
     n = sum(p.numel() for name, p in model.named_parameters() if not name.startswith('projector.'))
-    return {'params': n, 'megabytes': round(4*n/2**20, 2), 'mmacs': round(sum(macs)/1e6, 1)}
+    return {'params': n, 'megabytes': round(4*n/2**20, 2), 'mmacs': round(counter.get_total_flops()/2e6, 1)}

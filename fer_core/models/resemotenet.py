@@ -7,10 +7,14 @@ from __future__ import annotations
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from ..artifacts import FerError
+from ..compat import mend_torchvision
+mend_torchvision()
+from timm.models import register_model
 from ..labels import N_CLASSES
 
 # %% auto #0
-__all__ = ['VARIANTS', 'PARAMS', 'SqueezeExcite', 'ResidualBlock', 'ResEmoteNet']
+__all__ = ['VARIANTS', 'PARAMS', 'SqueezeExcite', 'ResidualBlock', 'ResEmoteNet', 'resemotenet', 'resemotenet_a', 'resemotenet_b',
+           'resemotenet_c']
 
 # %% ../../nbs/models/resemotenet.ipynb #c004
 class SqueezeExcite(nn.Module):
@@ -49,7 +53,7 @@ def _dense(i, o): return [nn.Linear(i, o), nn.ReLU(), nn.Dropout(.5)]
 class ResEmoteNet(nn.Module):
     "ResEmoteNet or one of its students: 64-px RGB faces to seven logits."
     def __init__(self, variant:str='teacher', # 'teacher', 'A', 'B' or 'C'
-                 n_classes:int=N_CLASSES,     # number of classes
+                 n_classes:int=N_CLASSES,     # number of classes; 0 = none, it answers embeddings
                  channels:int=3):             # of the input: 3 RGB, 1 grey
         super().__init__()
         if variant not in VARIANTS: raise FerError('bad_parameter', f'ResEmoteNet variant {variant!r}', f'choose one of {", ".join(VARIANTS)}')
@@ -58,7 +62,9 @@ class ResEmoteNet(nn.Module):
         self.se = SqueezeExcite(4*w, bottleneck)
         self.blocks = nn.Sequential(*(ResidualBlock(k*w, 2*k*w) for k in (4, 8, 16)))
         self.neck = nn.Sequential(*_dense(32*w, 16*w), *_dense(16*w, 8*w), *_dense(8*w, 4*w))
-        self.head = nn.Linear(4*w, n_classes)
+        self.head = nn.Linear(4*w, n_classes) if n_classes else nn.Identity()
+        self.num_features, self.num_classes = 4*w, n_classes # timm's names
+        self.feature_info = [{'module': f'blocks.{i}', 'num_chs': 8*2**i*w, 'reduction': 16*2**i} for i in range(3)]
 
     def embed(self, x:Tensor # (n, channels, 64, 64) normalised
              )->Tensor:      # (n, 4 w)
@@ -69,3 +75,22 @@ class ResEmoteNet(nn.Module):
                )->Tensor:      # (n, n_classes) logits
         "Logits of faces."
         return self.head(self.embed(x))
+
+# %% ../../nbs/models/resemotenet.ipynb #c010c
+def _make(variant, pretrained=False, num_classes=N_CLASSES, in_chans=3, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **more):
+    "A network by timm's arguments; those about its hub mean nothing here."
+    if pretrained: raise FerError('bad_parameter', 'ResEmoteNet has no weights on the hub', 'pass pretrained=none, or a weights file')
+    if more: raise FerError('bad_parameter', f'ResEmoteNet has no option {sorted(more)[0]!r}', 'it is as published: only channels and classes vary')
+    return ResEmoteNet(variant, num_classes, in_chans)
+
+@register_model
+def resemotenet(**how)->ResEmoteNet: return _make('teacher', **how)
+
+@register_model
+def resemotenet_a(**how)->ResEmoteNet: return _make('A', **how)
+
+@register_model
+def resemotenet_b(**how)->ResEmoteNet: return _make('B', **how)
+
+@register_model
+def resemotenet_c(**how)->ResEmoteNet: return _make('C', **how)

@@ -13,7 +13,7 @@ from ..data.loader import Augment, Feeder, Pack, make_mix, open_pack
 from ..data.samplers import make_sampler
 from ..data.preprocess import Preprocess
 from ..labels import CLASSES
-from ..models.backbones import Classifier, ModelConfig, calm_residuals, load_model, load_pretrained, model_size, refit_batchnorm
+from ..models.backbones import Classifier, ModelConfig, calm_residuals, fit_input, load_model, load_pretrained, model_size, refit_batchnorm
 from ..models.inherit import inherit_from
 from ..models.heads import margin_at
 from ..train.judge import judge_adjusted, judge_model
@@ -64,7 +64,7 @@ def match_data(config:ModelConfig, # as asked for
                pretrained:str='none' # without pretrained weights there is no other scaling to match
               )->ModelConfig:      # channels and scaling filled in
     "A model config that fits its data."
-    config = replace(config, channels=spec.channels, mean=spec.mean, std=spec.std)
+    config = replace(fit_input(config, spec.size), channels=spec.channels, mean=spec.mean, std=spec.std)
     return config if pretrained != 'none' else replace(config, weights_mean=spec.mean, weights_std=spec.std)
 
 def start_model(config:ModelConfig, # model

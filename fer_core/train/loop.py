@@ -4,7 +4,7 @@
 
 # %% ../../nbs/train/loop.ipynb #c002
 from __future__ import annotations
-import time
+import logging, time
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -44,6 +44,7 @@ def make_fabric(precision:str='32-true', # Fabric precision
     "A Fabric for this process."
     try: from lightning_fabric import Fabric
     except ImportError: from lightning.fabric import Fabric
+    logging.getLogger('lightning_fabric').setLevel(logging.WARNING) # not a line for every model that is judged
     if processes == 1: return Fabric(accelerator='auto', devices=1, precision=precision)
     fabric = Fabric(accelerator='auto' if torch.cuda.device_count() >= processes else 'cpu', devices=processes, strategy='ddp', precision=precision)
     fabric.launch()
@@ -236,7 +237,7 @@ def fit(run:Run,           # run folder that receives best.safetensors, config.j
     state = _begin(run, model, opt, average, cfg, key, resume_from)
     if cfg.compile: model.backbone.compile()
     net, opt = fabric.setup(model, opt, move_to_device=False)
-    for name in ('embed', 'regress'): net.mark_forward_method(name)
+    for name in ('embed', 'regress', 'with_tokens'): net.mark_forward_method(name)
     while len(state['history']) < cfg.epochs and not _stop_early(state['history'], cfg):
         try: _next_epoch(fabric, run, net, model, average, opt, feed, objective, cfg, on_epoch, state)
         except FerError as e:
