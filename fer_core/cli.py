@@ -61,7 +61,7 @@ def _pairs(given:list[str])->dict: # ['a=1'] -> {'a': '1'}
     return pairs
 
 @app.command(context_settings={'help_option_names': ['-h', '--help']})
-def run(stage:Annotated[str, typer.Argument(help='curate, teacher, ensemble, student, calibrate, compress, benchmark or thesis')] = '',
+def run(stage:Annotated[str, typer.Argument(help='curate, pretrain, teacher, ensemble, student, calibrate, compress, benchmark, compare or thesis')] = '',
         p:Annotated[Optional[list[str]], typer.Option('-p', help='a parameter, name=value; repeatable')] = None,
         params:Annotated[bool, typer.Option('--params', help="list the stage's parameters and stop")] = False,
         out:Out = None,
@@ -72,7 +72,7 @@ def run(stage:Annotated[str, typer.Argument(help='curate, teacher, ensemble, stu
     "Execute one stage notebook into a run folder; an interrupted run with the same parameters is continued."
     from fer_core.runs.plan import Step
     from fer_core.runs.stage import parameters, run_stage
-    if not stage: raise FerError('bad_parameter', 'no stage is named', 'stages: curate, teacher, ensemble, student, calibrate, compress, benchmark, thesis; e.g. fer run teacher --params')
+    if not stage: raise FerError('bad_parameter', 'no stage is named', 'stages: curate, pretrain, teacher, ensemble, student, calibrate, compress, benchmark, compare, thesis; e.g. fer run teacher --params')
     if params: return _print([{'parameter': n, **k, 'default': repr(k['default'])} for n, k in parameters(stage).items()], as_json)
     bar = Progress()
     try: done = run_stage(stage, _pairs(p or ()), out, reuse, fresh, lambda d, t, text: bar.show(1, 1, Step(stage, stage, {}), d, t, text), timeout)
@@ -104,7 +104,7 @@ def _plan_change(data, source, given):
 def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as downloaded, in the layout its authors publish; default: procedural faces')] = None,
                source:Annotated[str, typer.Option(help=f"adapter for --data: 'auto', {', '.join(repr(s) for s in SOURCES[:-1])} or {SOURCES[-1]!r}")] = 'auto',
                plan:Annotated[Optional[Path], typer.Option(help='plan to run (default: papermill_runs/quickstart.yaml)')] = None,
-               given:Annotated[Optional[list[str]], typer.Option('--set', help="step.parameter=value over the plan's; repeatable")] = None,
+               given:Annotated[Optional[list[str]], typer.Option('--set', help="step.parameter=value over the plan's, for all runs of a grid; '*.epochs=1' for every step that has it, step.each.seed=0,1 for an axis; repeatable")] = None,
                out:Out = None,
                reports:Annotated[Path, typer.Option(help='where the report page goes')] = Path('reports'),
                fresh:Annotated[bool, typer.Option(help='run every stage anew')] = False):
@@ -117,13 +117,14 @@ def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as
     steps = read_plan(plan or plans_folder()/'quickstart.yaml', _plan_change(data, source, given))
     def tell(step, run, reused, seconds):
         bar.close()
-        print(f'{step.name:12} {run.manifest.status:9} {"reused" if reused else f"{seconds:5.0f} s"}  {run.folder}', flush=True)
+        print(f'{step.name:24} {run.manifest.status:9} {"reused" if reused else f"{seconds:5.0f} s"}  {run.folder}', flush=True)
     try: runs = run_plan(steps, out, fresh, bar.show, tell)
     finally: bar.close()
     last = {r.manifest.stage: r for r in runs.values()} # a plan may name its steps as it likes, or lack one
     verdicts = [v for r in runs.values() if r.manifest.stage != 'thesis' for v in r.manifest.gates]
     if verdicts: print('\nGates: ' + ', '.join(f'{g["gate"]} {"passed" if g["passed"] else "failed"}' for g in overall(verdicts)))
-    if 'thesis' in last: print(f'Report: {publish(last["thesis"], reports)}   ({time.time() - began:.0f} s)')
+    for page in ('thesis', 'compare'):
+        if page in last: print(f'Report: {publish(last[page], reports)}   ({time.time() - began:.0f} s)')
     if 'compress' in last: print(f'Live:   fer demo --source 0 --model {last["compress"].folder}')
 
 # %% ../nbs/cli.ipynb #c011

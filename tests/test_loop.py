@@ -59,7 +59,7 @@ class Tiny(nn.Module):
         super().__init__()
         self.backbone, self.config = nn.Sequential(nn.Flatten(), nn.Linear(32*32, 16), nn.GELU(), nn.Linear(16, 7)), ModelConfig('resnet10t')
     def forward(self, x, y=None): return self.backbone(x)
-    embed = regress = forward
+    embed = regress = with_tokens = forward
 
 
 @pytest.mark.parametrize('parts', [2, 4])

@@ -13,6 +13,7 @@ from ..artifacts import FerError, Run, atomic_path, parent, utc_now, write_json
 from ..data.loader import Feeder
 from ..evaluate.metrics import macro_f1, nll, softmax
 from ..models.backbones import Classifier, save_model
+from ..models.speed import fast_training
 from .average import Average
 from .optim import TrainConfig, make_optimizer, rate_of
 
@@ -30,9 +31,9 @@ def choose_precision(precision:str, # 'auto' or a Fabric precision
     "Resolve `auto` by device and backbone."
     if precision != 'auto': return precision
     if device != 'cpu': return 'bf16-mixed'
-    dense = backbone.startswith(('resnet', 'convnext', 'mobilenetv1', 'swin', 'vit'))
+    pays = backbone.startswith(('resnet', 'convnext', 'mobilenetv1', 'mobilenetv2_1', 'mobilenetv3_large', 'mobilenetv3_small_1', 'efficientnet', 'swin', 'vit'))
     fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and 'avx512_bf16' in _cpu_flags()
-    return 'bf16-mixed' if dense and fast else '32-true'
+    return 'bf16-mixed' if pays and fast else '32-true'
 
 def _cpu_flags():
     try: return Path('/proc/cpuinfo').read_text()
@@ -238,11 +239,12 @@ def fit(run:Run,           # run folder that receives best.safetensors, config.j
     if cfg.compile: model.backbone.compile()
     net, opt = fabric.setup(model, opt, move_to_device=False)
     for name in ('embed', 'regress', 'with_tokens'): net.mark_forward_method(name)
-    while len(state['history']) < cfg.epochs and not _stop_early(state['history'], cfg):
-        try: _next_epoch(fabric, run, net, model, average, opt, feed, objective, cfg, on_epoch, state)
-        except FerError as e:
-            if e.code != 'nan_loss' or state['tries'] >= cfg.retries: raise
-            _go_back(fabric, run, model, opt, average, state, e)
-        else:
-            if show: show(state['history'])
+    with fast_training(model, fabric._precision.precision, feed.device):
+        while len(state['history']) < cfg.epochs and not _stop_early(state['history'], cfg):
+            try: _next_epoch(fabric, run, net, model, average, opt, feed, objective, cfg, on_epoch, state)
+            except FerError as e:
+                if e.code != 'nan_loss' or state['tries'] >= cfg.retries: raise
+                _go_back(fabric, run, model, opt, average, state, e)
+            else:
+                if show: show(state['history'])
     return state['history']
