@@ -4,8 +4,8 @@
 
 # %% ../../nbs/teach/softlabels.ipynb #c002
 from __future__ import annotations
-import json
-from dataclasses import asdict, dataclass
+import copy, json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
@@ -14,8 +14,10 @@ from torch import nn
 from ..artifacts import FerError, Run, atomic_path, read_json, sha256_bytes, sha256_file, write_json, write_text
 from ..data.loader import Augment, Feeder, Pack, open_pack
 from ..data.preprocess import Preprocess
+from ..evaluate.metrics import evaluate
 from ..labels import CLASSES
 from ..models.backbones import load_model
+from .ensemble import fuse, mirrored
 from ..train.loop import choose_precision, predict_logits
 
 # %% auto #0
@@ -47,73 +49,151 @@ def hint_basis(embeddings:np.ndarray, # (n, d) unit embeddings of the training r
     axes = pca.components_.T/np.sqrt(pca.explained_variance_.sum())
     return {'mean': pca.mean_.astype(np.float32), 'axes': axes.astype(np.float32), 'kept': np.float32(pca.explained_variance_ratio_.sum())}
 
-def _basis(run, folder, feed, rows, width, tell):
-    "The basis of one teacher; cached in the run folder."
-    cache = run.path('.basis.npz')
+# %% ../../nbs/teach/softlabels.ipynb #c004b
+def _mark(**facts): return sha256_bytes(json.dumps(facts, sort_keys=True, default=lambda x: x.tolist()).encode())[:24]
+
+def _kept(path, rows):
+    "A kept answer about so many rows; None if there is none, or a damaged one."
+    try: z = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError): return None
+    return z if len(z) == rows else None
+
+class _Members:
+    "The members of an ensemble, ready to be asked about one curated folder; answers are kept in `folder`."
+    def __init__(self, folder, data, teachers, fusion, seed, device):
+        asked = [k for k, w in enumerate(fusion['weights']) if w]
+        self.folder, self.teachers, self.seed = Path(folder), [Path(teachers[k]) for k in asked], seed
+        self.weights, self.temperatures = ([float(fusion[key][k]) for k in asked] for key in ('weights', 'temperatures'))
+        self.T, self.how = float(fusion['temperature']), fusion.get('fusion', 'logits')
+        configs = [read_json(t/'config.json') for t in self.teachers]
+        specs = [Preprocess.from_dict(c['preprocess']) for c in configs]
+        packs = {s: open_pack(data, s) for s in dict.fromkeys(specs)}
+        self.feeds, self.flips = [Feeder(packs[s], device, seed) for s in specs], [mirrored(t) for t in self.teachers]
+        self.precisions = [choose_precision('auto', c['model']['backbone'], torch.device(device).type) for c in configs]
+        self.pack, self.strongest = packs[specs[0]], int(np.argmax(self.weights))
+        self.facts = {'weights_sha256': [c['weights_sha256'] for c in configs], 'specs': [s.to_dict() for s in specs], 'flips': self.flips, 'precisions': self.precisions, 'device': torch.device(device).type,
+                      'fusion': [self.how, self.weights, self.temperatures, self.T], 'dataset': self.pack.dataset_sha256, 'rows': _row_hash(self.pack.table)}
+
+    def feed(self, k, augment):
+        "The pixels of a member under an augmentation."
+        feed = copy.copy(self.feeds[k])
+        feed.augment = augment
+        return feed
+
+    def clear(self):
+        for p in (*self.folder.glob('.view-*.npy'), *self.folder.glob('.basis*.npz')): p.unlink()
+
+# %% ../../nbs/teach/softlabels.ipynb #c004c
+def _basis(members, rows, width, tell):
+    "The basis of the strongest member's embeddings; kept as well."
+    k = members.strongest
+    cache = members.folder/f'.basis-{_mark(**members.facts, of=rows, width=width)}.npz'
     if not cache.is_file():
-        model, _, config = load_model(folder)
-        precision = choose_precision('auto', config['model']['backbone'], feed.device.type)
-        e = predict_logits(_Embedding(model).to(feed.device), feed, rows, precision=precision, progress=tell)
+        model, _, _ = load_model(members.teachers[k])
+        e = predict_logits(_Embedding(model).to(members.feeds[k].device), members.feeds[k], rows, precision=members.precisions[k], progress=tell)
         with atomic_path(cache) as tmp: np.savez(tmp, **hint_basis(e, width))
     return dict(np.load(cache))
 
-def _view_logits(run, teachers, fusion, feeds, rows, view, tell, strongest=None, basis=None):
-    "Fused logits of one view and, with a basis, the strongest teacher's hints after them; cached in the run folder."
-    cache = run.path(f'.view-{"plain" if view is None else view}.npy')
-    if cache.is_file(): return np.load(cache)
-    z, hints = 0, []
-    for k, (folder, feed) in enumerate(zip(teachers, feeds)):
-        if not fusion['weights'][k]: continue # it has no say
-        model, _, config = load_model(folder)
-        if basis is not None and k == strongest: model = _Hinting(model, basis)
-        precision = choose_precision('auto', config['model']['backbone'], feed.device.type)
-        part = predict_logits(model.to(feed.device), feed, rows, view=view, flip=view is None, precision=precision, progress=lambda i, n: tell(k + i/n))
-        z = z + fusion['weights'][k]*part[:, :7]/fusion['temperatures'][k]
+def _ask(members, rows, view, augment, tell, basis=None):
+    "Fused logits of one view (None = plain) and, with a basis, the strongest member's hints after them, fp16."
+    cache = members.folder/f'.view-{_mark(**members.facts, of=rows, view=view, augment=augment and asdict(augment), seed=members.seed, basis=basis)}.npy'
+    if (kept := _kept(cache, len(rows))) is not None: return kept
+    parts, hints = [], []
+    for k, teacher in enumerate(members.teachers):
+        model, _, _ = load_model(teacher)
+        if basis is not None and k == members.strongest: model = _Hinting(model, basis)
+        feed = members.feed(k, augment)
+        part = predict_logits(model.to(feed.device), feed, rows, view=view, flip=view is None and members.flips[k], precision=members.precisions[k], progress=lambda i, n: tell((k + i/n)/len(members.teachers)))
+        if not np.isfinite(part).all(): raise FerError('nan_loss', f'{teacher.name} says something that is no number about row {rows[~np.isfinite(part).all(1)][0]}', 'train it again')
+        parts.append(part[:, :7])
         if part.shape[1] > 7: hints = [part[:, 7:]]
-    z = np.concatenate([z/fusion['temperature'], *hints], 1).astype(np.float16)
+    z = np.concatenate([fuse(parts, members.temperatures, members.weights, members.how)/members.T, *hints], 1).clip(-6e4, 6e4).astype(np.float16)
     with atomic_path(cache) as tmp: np.save(tmp, z)
     return z
 
+# %% ../../nbs/teach/softlabels.ipynb #c004e
+def _average(members, plain, views, crops, augment, tell):
+    "Mean logits of the plain view and so many crops of every row, fp16."
+    total, rows = plain.astype(np.float32), np.arange(len(plain))
+    for i in range(crops): total += _ask(members, rows, views + i, augment, lambda part: tell(i + part))
+    return (total/(crops + 1)).astype(np.float16)
+
+def _worth(pack, arrays):
+    "Figures of arrays of logits on validation and test, where the manifest has these."
+    split, labels = pack.table['split'].to_numpy(), pack.labels
+    figures = lambda z, s: {k: v for k, v in evaluate(z[split == s], labels[split == s], s, s == 'val', dataset=pack.dataset_sha256).items() if k in ('n', 'in_sample', 'accuracy', 'macro_f1', 'nll', 'ece_width')}
+    return {s: {name: figures(z.astype(np.float32), s) for name, z in arrays.items()} for s in ('val', 'test') if (split == s).any()}
+
+# %% ../../nbs/teach/softlabels.ipynb #c004f
+def _look(members, views, augment, hints, average, run):
+    "Everything the members are asked: arrays of softlabels.npz, stored hints, what to report."
+    pack, train = members.pack, np.flatnonzero(members.pack.table['split'] == 'train')
+    total = 1 + views + average
+    def teller(done, what): return lambda part: run.progress(done + part, total, f'soft labels: {what}')
+    basis = _basis(members, train, hints, lambda i, n: run.progress(i, n, 'soft labels: basis of the hints')) if hints and views and len(train) else None
+    plain = _ask(members, np.arange(len(pack)), None, None, teller(0, 'plain view'))
+    seen = [_ask(members, train, v, augment, teller(1 + v, f'view {v + 1}/{views}'), basis) for v in range(views if len(train) else 0)]
+    seen = np.stack(seen) if seen else np.zeros((0, len(train), 7), np.float16)
+    arrays, more = {'logits': plain, 'views': seen[..., :7], 'train_rows': train}, {}
+    if average:
+        crop = replace(augment, erase=0.)
+        arrays['averaged'] = _average(members, plain, views, average, crop, lambda i: run.progress(1 + views + i, total, f'soft labels: crop {int(i) + 1}/{average}'))
+        more['averaged'] = {'crops': average, 'first_view': views, 'augment': asdict(crop), 'worth': _worth(pack, {'plain': plain, 'averaged': arrays['averaged']})}
+    if basis is not None: more['hints'] = {'teacher': members.teachers[members.strongest].name, 'width': int(seen.shape[-1] - 7), 'kept_variance': round(float(basis['kept']), 4)}
+    return arrays, None if basis is None else seen[..., 7:], more
+
+# %% ../../nbs/teach/softlabels.ipynb #c004g
 def export_softlabels(run:Run,        # ensemble run folder
-                      data,           # curated data folder
+                      data,           # curated data folder, the teachers' own or any other
                       teachers,       # teacher run folders
-                      fusion:dict,    # weights, temperatures (members) and temperature (of the ensemble)
+                      fusion:dict,    # weights, temperatures (members), temperature (of the ensemble), fusion: 'logits' or 'probs'
                       views:int=8,    # augmented views of the training rows
                       seed:int=0,     # decides the views
                       augment:Augment=Augment(), # what a view is
                       device:str='cpu',
-                      hints:int=0     # principal components of the strongest teacher's embedding to store with each view
+                      hints:int=0,    # principal components of the strongest teacher's embedding to store with each view
+                      average:int=0,  # augmented crops of every row whose mean is stored beside the single views
+                      into:str=''     # subfolder of the run to write to; '' = the run folder
                      )->dict:         # alignment report
     "Write softlabels.npz, softlabels_index.jsonl, classorder.json and alignmentreport.json."
-    specs = [Preprocess.from_dict(read_json(Path(t)/'config.json')['preprocess']) for t in teachers]
-    packs = {s: open_pack(data, s) for s in dict.fromkeys(specs)}
-    feeds = [Feeder(packs[s], device, seed, augment) for s in specs]
-    pack, strongest = packs[specs[0]], int(np.argmax(fusion['weights']))
-    total, train, stack, more = (views + 1)*len(teachers), pack.rows('train'), [], {}
-    basis = _basis(run, teachers[strongest], feeds[strongest], train, hints, lambda i, n: run.progress(i, n, 'soft labels: basis of the hints')) if hints and views else None
-    for v in (None, *range(views)):
-        done = (0 if v is None else v + 1)*len(teachers)
-        tell = lambda i: run.progress(done + i, total, f'soft labels: view {done//len(teachers) + 1}/{views + 1}')
-        stack.append(_view_logits(run, teachers, fusion, feeds, np.arange(len(pack)) if v is None else train, v, tell, strongest, None if v is None else basis))
-    seen = np.stack(stack[1:]) if views else np.zeros((0, len(train), 7), np.float16)
-    with atomic_path(run.path('softlabels.npz')) as tmp: np.savez_compressed(tmp, logits=stack[0], views=seen[..., :7], train_rows=train)
-    if basis is not None:
-        with atomic_path(run.path('hints.npz')) as tmp: np.savez(tmp, views=seen[..., 7:], train_rows=train)
-        more = {'hints': {'teacher': Path(teachers[strongest]).name, 'width': int(seen.shape[-1] - 7), 'kept_variance': round(float(basis['kept']), 4), 'sha256': sha256_file(run.path('hints.npz'))}}
-    report = _write_index(run, pack, {'views': views, 'seed': seed, 'augment': asdict(augment), 'teachers': [Path(t).name for t in teachers], 'temperature': fusion['temperature'], **more})
-    for p in (*run.folder.glob('.view-*.npy'), run.path('.basis.npz')): p.unlink(missing_ok=True)
+    out = run.folder/into
+    out.mkdir(parents=True, exist_ok=True)
+    members = _Members(out, data, teachers, fusion, seed, device)
+    asked = _mark(**members.facts, views=views, seed=seed, augment=asdict(augment), hints=hints, average=average)
+    if (report := _finished(out, asked)): members.clear(); return report
+    arrays, hinted, more = _look(members, views, augment, hints, average, run)
+    with atomic_path(out/'softlabels.npz') as tmp: np.savez_compressed(tmp, **arrays)
+    if hinted is not None:
+        with atomic_path(out/'hints.npz') as tmp: np.savez(tmp, views=hinted, train_rows=arrays['train_rows'])
+        more['hints']['sha256'] = sha256_file(out/'hints.npz')
+    report = _write_index(out, members.pack, {'views': len(arrays['views']), 'seed': seed, 'augment': asdict(augment), 'teachers': [Path(t).name for t in teachers], 'weights_sha256': members.facts['weights_sha256'],
+                                              'fusion': members.how, 'temperature': members.T, 'softlabels_sha256': sha256_file(out/'softlabels.npz'), **more})
+    write_json(out/'.finished.json', {'asked': asked, 'report': report})
+    members.clear()
     return report
 
 # %% ../../nbs/teach/softlabels.ipynb #c006
 def _row_hash(table): return sha256_bytes('\n'.join(f'{i} {h}' for i, h in zip(table['id'], table['sha256'])).encode())
 
-def _write_index(run, pack, more):
+def _write_index(out, pack, more):
     t = pack.table
-    write_text(run.path('softlabels_index.jsonl'), ''.join(json.dumps({'row': i, 'id': r, 'sha256': h, 'split': s}) + '\n' for i, (r, h, s) in enumerate(zip(t['id'], t['sha256'], t['split']))))
-    write_json(run.path('classorder.json'), list(CLASSES))
-    report = {'dataset_sha256': pack.dataset_sha256, 'rows': len(t), 'rows_sha256': _row_hash(t), 'class_order': list(CLASSES), 'aligned': True, **more}
-    write_json(run.path('alignmentreport.json'), report)
+    write_text(out/'softlabels_index.jsonl', ''.join(json.dumps({'row': i, 'id': r, 'sha256': h, 'split': s}) + '\n' for i, (r, h, s) in enumerate(zip(t['id'], t['sha256'], t['split']))))
+    write_json(out/'classorder.json', list(CLASSES))
+    report = {'dataset_sha256': pack.dataset_sha256, 'rows': len(t), 'rows_sha256': _row_hash(t), 'index_sha256': sha256_file(out/'softlabels_index.jsonl'), 'class_order': list(CLASSES), 'aligned': True, **more}
+    write_json(out/'alignmentreport.json', report)
     return report
+
+def _finished(out, asked):
+    "The report of an export that has ended, if it was asked the same and its files are as it left them."
+    if not (out/'.finished.json').is_file(): return None
+    told = read_json(out/'.finished.json')
+    if told['asked'] != asked: return None
+    r = told['report']
+    files = {'softlabels.npz': r['softlabels_sha256'], 'softlabels_index.jsonl': r['index_sha256']} | ({'hints.npz': r['hints']['sha256']} if 'hints' in r else {})
+    if not all((out/f).is_file() and sha256_file(out/f) == sha for f, sha in files.items()): return None
+    write_json(out/'classorder.json', list(CLASSES))
+    write_json(out/'alignmentreport.json', r) # the verdict's may have taken its place
+    return r
 
 # %% ../../nbs/teach/softlabels.ipynb #c008
 @dataclass
@@ -125,21 +205,41 @@ class SoftLabels:
     augment: Augment     # their augmentation
     report: dict         # alignment report
     hints: torch.Tensor|None = None # (views, n, width) float16 teacher embeddings, if asked for
+    averaged: torch.Tensor|None = None # (n, 7) float32, mean of the plain view and several crops, if stored
 
-def read_softlabels(folder,   # ensemble run folder
+def read_softlabels(folder,   # ensemble run folder, or its subfolder with soft labels of other data
                     pack:Pack, # the student's data
                     hints:bool=False # with the teacher's embeddings
                    )->SoftLabels:
     "Read soft labels, refusing those of other data."
     folder = Path(folder)
     report = read_json(folder/'alignmentreport.json')
-    if tuple(report.get('class_order', ())) != CLASSES: raise FerError('class_order_mismatch', f'{folder}/alignmentreport.json has class order {report.get("class_order")}')
-    if report.get('dataset_sha256') != pack.dataset_sha256 or report.get('rows_sha256') != _row_hash(pack.table):
-        raise FerError('softlabel_misaligned', f'{folder} holds soft labels of dataset {str(report.get("dataset_sha256"))[:12]}, the student trains on {pack.dataset_sha256[:12]}')
-    if not (folder/'softlabels.npz').is_file(): raise FerError('missing_checkpoint', f'{folder}/softlabels.npz is not there', 'run the ensemble stage')
+    _check_alignment(folder, report, pack)
     z = _read_npz(folder/'softlabels.npz')
-    views = _by_row(z, len(pack), torch.float32)
-    return SoftLabels(views, torch.from_numpy(z['logits'].astype(np.float32)), report['seed'], Augment(**report['augment']), report, _read_hints(folder, report, len(pack)) if hints else None)
+    _check_arrays(folder, report, z, len(pack))
+    plain, averaged = (torch.from_numpy(z[k].astype(np.float32)) if k in z else None for k in ('logits', 'averaged'))
+    return SoftLabels(_by_row(z, len(pack), torch.float32), plain, report['seed'], Augment(**report['augment']), report, _read_hints(folder, report, len(pack)) if hints else None, averaged)
+
+# %% ../../nbs/teach/softlabels.ipynb #c008a
+def _check_alignment(folder, report, pack):
+    "Class order, dataset, rows, and the files as they were written (the first version recorded no hashes of them)."
+    orders = {'alignmentreport.json': report.get('class_order')} | ({'classorder.json': read_json(folder/'classorder.json')} if (folder/'classorder.json').is_file() else {})
+    for name, order in orders.items():
+        if tuple(order or ()) != CLASSES: raise FerError('class_order_mismatch', f'{folder}/{name} has class order {order}')
+    if 'rows_sha256' not in report: raise FerError('missing_checkpoint', f'{folder} holds no finished soft labels', 'run the ensemble stage')
+    if report.get('dataset_sha256') != pack.dataset_sha256:
+        raise FerError('softlabel_misaligned', f'{folder} holds soft labels of dataset {str(report.get("dataset_sha256"))[:12]}, the student trains on {pack.dataset_sha256[:12]}')
+    if report['rows_sha256'] != _row_hash(pack.table): raise FerError('softlabel_misaligned', f'{folder} holds soft labels of the rows of dataset {pack.dataset_sha256[:12]} in another order than its manifest')
+    for name, key in (('softlabels.npz', 'softlabels_sha256'), ('softlabels_index.jsonl', 'index_sha256')):
+        if not (folder/name).is_file(): raise FerError('missing_checkpoint', f'{folder}/{name} is not there', 'run the ensemble stage')
+        if key in report and sha256_file(folder/name) != report[key]: raise FerError('hash_mismatch', f'{folder}/{name} differs from the sha256 in alignmentreport.json')
+
+def _check_arrays(folder, report, z, n):
+    "Shapes, and training rows that exist."
+    want = {'logits': (n, 7), 'views': (report['views'], len(z.get('train_rows', ())), 7)} | ({'averaged': (n, 7)} if 'averaged' in report else {})
+    for name, shape in want.items():
+        if name not in z or z[name].shape != shape: raise FerError('corrupt_artifact', f'{folder}/softlabels.npz: {name} is {"not there" if name not in z else f"of shape {z[name].shape}, not {shape}"}')
+    if len(z['train_rows']) and not 0 <= z['train_rows'].min() <= z['train_rows'].max() < n: raise FerError('corrupt_artifact', f'{folder}/softlabels.npz names training rows that its {n} rows do not have')
 
 def _read_npz(path):
     try: return dict(np.load(path, allow_pickle=False))
