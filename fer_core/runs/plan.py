@@ -149,7 +149,7 @@ def _check_weights(steps):
         given, donor = step.given.get('pretrained') or 'none', step.given.get('donor')
         if donor and given == 'none': raise FerError('bad_parameter', f'step {step.name} inherits from {donor} and names no weights', f"pass --set {step.entry}.pretrained=FILE, or --set {step.entry}.donor= to start from scratch")
         if donor and not _known(donor): raise FerError('bad_parameter', f'step {step.name} inherits from {donor!r}, which timm does not know', f'take one of timm.list_models(), or --set {step.entry}.donor= to start from scratch')
-        if given not in ('none', 'hub') and not Path(given).is_file(): raise FerError('missing_checkpoint', f'step {step.name}: its starting weights {given} are not there', f'pass --set {step.entry}.pretrained=FILE')
+        if given not in ('none', 'hub') and not given.startswith('@') and not Path(given).exists(): raise FerError('missing_checkpoint', f'step {step.name}: its starting weights {given} are not there', f'pass --set {step.entry}.pretrained=FILE')
 
 def _check_methods(steps):
     for step in steps:

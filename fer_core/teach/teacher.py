@@ -20,6 +20,7 @@ from ..train.judge import judge_adjusted, judge_model
 from ..train.loop import TrainConfig, choose_precision, fit
 from ..train.objective import LabelLoss, label_objective
 from ..train.parallel import share_batchnorm, together
+from ..train.selfsup import starting_weights
 
 # %% auto #0
 __all__ = ['open_data', 'device', 'row_weights', 'match_data', 'start_model', 'margin_schedule', 'train_teacher']
@@ -69,12 +70,13 @@ def match_data(config:ModelConfig, # as asked for
 
 def start_model(config:ModelConfig, # model
                 feed:Feeder,        # data, for refitting batch norm
-                pretrained:str='none', # 'none', 'hub' or a weights file
+                pretrained:str='none', # 'none', 'hub', a weights file, or a pretrain run
                 seed:int=0,         # initialisation
                 donor:str=''        # timm name of a larger network that the weights are of, to be inherited
                )->tuple[Classifier, dict]: # model, what was loaded
     "A classifier with its starting weights, and a report of what fitted."
     torch.manual_seed(seed)
+    pretrained = starting_weights(pretrained)
     if donor and pretrained == 'none': raise FerError('bad_parameter', f'to inherit from {donor} its weights are needed', 'pass pretrained=FILE or pretrained=hub')
     model, report = Classifier(config, hub=pretrained == 'hub' and not donor), {'pretrained': pretrained}
     if pretrained == 'none': report['calmed'] = calm_residuals(model.backbone)
@@ -105,6 +107,7 @@ def _train_part(part,     # (k, n) processes
     feed = Feeder(pack, device(), cfg.seed, augment, sampler=make_sampler(sampler), mix=mix, part=part)
     model, report = start_model(match_data(config, spec, pretrained), feed, pretrained, cfg.seed)
     if part[1] > 1: report['shared_batchnorms'] = share_batchnorm(model)
+    if part[0] == 0 and (Path(pretrained)/'run.json').is_file(): run.record(parents={'start': parent(pretrained, 'backbone.safetensors')})
     if part[0] == 0: run.record(seeds={'train': cfg.seed}, reliability={'start': report}, compression=model_size(model, spec))
     if fraction != 1: bound += (f'label_fraction {fraction}',)
     if votes: bound += ('votes',)
@@ -118,7 +121,7 @@ def train_teacher(run:Run,             # run folder
                   spec:Preprocess,     # preprocessing
                   cfg:TrainConfig,     # training settings
                   augment:Augment=Augment(), # augmentation
-                  pretrained:str='none', # 'none', 'hub' or a weights file
+                  pretrained:str='none', # 'none', 'hub', a weights file, or a pretrain run
                   loss:LabelLoss=LabelLoss(), # smoothing, class weights, focal exponent, adjustment, contrast
                   margin_warmup:int=2, # epochs without margin
                   margin_ramp:int=3,   # epochs of its rise
