@@ -4,6 +4,7 @@ from pathlib import Path
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before anything loads OpenMP: idle threads sleep instead of spinning
 os.environ.setdefault('MPLBACKEND', 'agg')
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')  # the workers are the parallelism: a file of tests each
 
 import pytest  # noqa: E402
 

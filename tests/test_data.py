@@ -310,6 +310,10 @@ def test_the_protocol_as_published_keeps_its_copies_and_says_so(tmp_path):
     assert report['ok'] and any(w['code'] == 'split_leakage' for w in report['warnings']) and told['copies'] == 'keep' and told['test_rows_in_training'] == 1
     table = read_manifest(tmp_path/'okeep/classification_manifest.csv')
     assert not set(table.sha256[table.split == 'val']) & set(table.sha256[table.split == 'train'])
+    from fer_core.data.loader import open_pack
+    from fer_core.data.preprocess import Preprocess
+    seen = {c: open_pack(tmp_path/f'o{c}', Preprocess(size=16, clahe=0)).seen_in_training() for c in ('keep', 'drop')}
+    assert seen['keep'].tolist() == [False]*13 + [True] and not seen['drop'].any()
     with fails('bad_parameter', 'copies'): curate(tmp_path/'keep', tmp_path/'x', copies='both')
 
 

@@ -60,6 +60,11 @@ class Pack:
         for i in np.flatnonzero((self.table['soft_label'] != '').to_numpy()): out[i] = np.array(self.table['soft_label'].iat[i].split(), np.float32)
         return out
 
+    def seen_in_training(self)->np.ndarray: # (test rows,) bool
+        "Which test rows share a group with a training row: copies, in a manifest that kept them."
+        group, split = self.table['group'].to_numpy(str), self.table['split'].to_numpy()
+        return np.isin(group[split == 'test'], np.setdiff1d(group[split == 'train'], ['']))
+
     def thinned(self, fraction:float, # share of each class's training rows to keep, above 0 to 1
                 seed:int=0            # which
                )->'Pack':             # the same pixels; the other training rows are of split 'unlabelled'

@@ -59,6 +59,8 @@ def write_verdict(run:Run, # run folder
     "Judge logits and write logits.npz, metrics.json, calibration.json, reliabilitymetrics.json, alignmentreport.json."
     labels = {s: pack.labels[pack.rows(s)] for s in logits}
     metrics, calibration, tables = judge_logits(logits, labels, threshold, pack.dataset_sha256)
+    seen = pack.seen_in_training()
+    if seen.any() and not seen.all(): metrics['test_unseen'] = evaluate(logits['test'][~seen], labels['test'][~seen], 'test', False, calibration['temperature'], threshold, pack.dataset_sha256)
     save_logits(run.path('logits.npz'), pack, logits)
     write_json(run.path('metrics.json'), metrics)
     write_json(run.path('calibration.json'), calibration)
