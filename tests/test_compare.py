@@ -159,7 +159,7 @@ def make_data(root, sha='d'*64, usage='PublicTest'):
     table = pd.DataFrame({'id': [f'r{i}' for i in range(len(y))], 'label': [CLASSES[k] for k in y], 'source': 'fer2013', 'split': split, 'usage': np.where(split == 'test', usage, 'Training')})
     write_manifest(table.assign(**{c: 0 if c in ('width', 'height', 'quality') else '' for c in COLUMNS if c not in table}), run.path('classification_manifest.csv'))
     run.record(status='accepted', dataset={'sha256': sha, 'sources': ['fer2013'], 'splits': {'val': sum(COUNTS), 'test': sum(COUNTS)}})
-    return SimpleNamespace(folder=run.folder, table=table, labels=y, rows=lambda s: np.flatnonzero(split == s), dataset_sha256=sha, spec=Preprocess(size=16))
+    return SimpleNamespace(folder=run.folder, table=table, labels=y, rows=lambda s: np.flatnonzero(split == s), dataset_sha256=sha, spec=Preprocess(size=16), seen_in_training=lambda: np.zeros((split == 'test').sum(), bool))
 
 
 def make_run(root, data, name, stage, noise, draw, parents=None, model=True, **given):
