@@ -13,10 +13,12 @@ from fer_core.data.curate import curate
 from fer_core.data.loader import Augment, Feeder, open_pack
 from fer_core.data.preprocess import Preprocess
 from fer_core.data.synthetic import write_discs
-from fer_core.models.backbones import Classifier, ModelConfig
+from fer_core.evaluate.metrics import nll, softmax
+from fer_core.models.backbones import Classifier, ModelConfig, load_model
 from fer_core.teach.teacher import train_teacher
 from fer_core.train.average import PER_EPOCH
-from fer_core.train.loop import TrainConfig, fit, load_state, make_optimizer
+from fer_core.train.judge import read_logits
+from fer_core.train.loop import TrainConfig, fit, load_state, make_optimizer, predict_logits
 from fer_core.train.losses import ce_loss
 from fer_core.train.objective import LabelLoss, label_objective
 from fer_core.train.parallel import together
@@ -106,10 +108,22 @@ def test_sgd_on_a_plateau_is_torchs(pack, tmp_path):
 
 def test_early_stopping_has_a_floor(pack, tmp_path, monkeypatch):
     import fer_core.train.loop as loop
-    monkeypatch.setattr(loop, 'validation_row', lambda *a: {'val_loss': 1., 'val_accuracy': .5, 'val_macro_f1': .5}) # the first epoch stays the best
+    monkeypatch.setattr(loop, 'validation_row', lambda *a, **k: {'val_loss': 1., 'val_accuracy': .5, 'val_macro_f1': .5}) # the first epoch stays the best
     epochs = lambda name, **more: len(trained(tmp_path/name, pack, epochs=8, patience=1, **more)[0])
     assert epochs('a', min_epochs=1) == 2 and epochs('b', min_epochs=4) == 4 and epochs('c', min_epochs=1, swa=.4) == 5 # averaging begins with the fifth
     assert len(trained(tmp_path/'d', pack, epochs=3)[0]) == 3 # no patience, no early stop
+
+
+@pytest.mark.parametrize('flip', [False, True])
+def test_validation_asks_as_the_verdict_does(data, pack, tmp_path, flip):
+    run = Run.create(tmp_path/'r', 'teacher')
+    metrics, history = train_teacher(run, data, ModelConfig('resnet10t'), SPEC, TrainConfig(**BASE | {'epochs': 3, 'precision': '32-true'}), flip=flip)
+    best, logits = max(history, key=lambda h: (h['val_macro_f1'], -h['val_loss'])), read_logits(tmp_path/'r'/'logits.npz')[0]['val']
+    assert nll(softmax(logits), pack.labels[pack.rows('val')]) == pytest.approx(best['val_loss'], rel=1e-4)
+    assert metrics['val']['macro_f1'] == pytest.approx(best['val_macro_f1']) and metrics['val']['accuracy'] == pytest.approx(best['val_accuracy'])
+    model, _, _ = load_model(tmp_path/'r')
+    other = predict_logits(model, Feeder(pack), pack.rows('val'), flip=not flip)
+    assert abs(nll(softmax(other), pack.labels[pack.rows('val')]) - best['val_loss']) > 1e-3*best['val_loss'] # the other way of asking would have been seen
 
 
 # -- averaged weights --------------------------------------------------------------------------------------------------------
@@ -277,6 +291,14 @@ def test_two_processes_do_what_one_does(data, tmp_path, settings):
     assert found[1][1].norm() > 0 and (found[1][1] - found[2][1]).norm() < .01*found[1][1].norm()
 
 
+def test_two_processes_go_on_where_another_run_stopped(data, tmp_path):
+    train = lambda name, epochs, **more: train_teacher(Run.create(tmp_path/name, 'teacher'), data, ModelConfig('resnet10t'), SPEC, TrainConfig(**BASE | {'epochs': epochs}), **more)[1]
+    first, both = train('a', 1), train('b', 2, processes=2, resume_from=str(tmp_path/'a'/'last.ckpt'))
+    written = Run(tmp_path/'b').manifest
+    assert both[:1] == first and len(both) == 2
+    assert {'data', 'resumed_from'} <= set(written.parents) and {'start', 'precision', 'processes'} <= set(written.reliability) # one process writes, or they would write over each other
+
+
 def test_an_error_in_a_process_is_told_with_its_code(data, tmp_path):
     with pytest.raises(FerError) as e: train_teacher(Run.create(tmp_path/'r', 'teacher'), data, ModelConfig('resnet10t', output_stride=16), SPEC, TrainConfig(**BASE), pretrained=str(tmp_path/'no.pth'), processes=2)
     assert e.value.code == 'missing_checkpoint' and 'no.pth' in str(e.value)
@@ -294,6 +316,11 @@ def test_votes_in_place_of_labels(pack):
     net.head = nn.Identity()
     loss = label_objective(LabelLoss(0.), votes=votes)(net, torch.zeros(2, 1, 4, 4), torch.from_numpy(pack.labels)[rows], rows, 0)
     assert loss.item() == pytest.approx(-(votes[rows].double()*logits.log_softmax(1)).sum(1).mean().item())
+
+
+def test_votes_are_asked_of_data_that_has_none(data, tmp_path):
+    with pytest.raises(FerError) as e: train_teacher(Run.create(tmp_path/'r', 'teacher'), data, ModelConfig('resnet10t'), SPEC, TrainConfig(**BASE), votes=True)
+    assert e.value.code == 'bad_parameter' and 'no votes' in str(e.value)
 
 
 def test_a_fraction_of_the_labels(pack):

@@ -26,6 +26,11 @@ from ..train.selfsup import starting_weights
 __all__ = ['open_data', 'device', 'row_weights', 'match_data', 'start_model', 'margin_schedule', 'train_teacher']
 
 # %% ../../nbs/teach/teacher.ipynb #c004
+def _opened(data, spec, fraction, seed, progress=None):
+    "A pack, with the labels of a fraction of its training rows."
+    pack = open_pack(data, spec, progress=progress)
+    return pack.thinned(fraction, seed) if fraction != 1 else pack
+
 def open_data(run:Run,         # run that reads the data
               data,            # curated data folder
               spec:Preprocess, # preprocessing
@@ -33,8 +38,7 @@ def open_data(run:Run,         # run that reads the data
               seed:int=0       # which
              )->Pack:          # the pack
     "Open a pack and record it as the run's dataset."
-    pack = open_pack(data, spec, progress=lambda i, n: run.progress(i, n, f'packing {i:,}/{n:,}'))
-    if fraction != 1: pack = pack.thinned(fraction, seed)
+    pack = _opened(data, spec, fraction, seed, lambda i, n: run.progress(i, n, f'packing {i:,}/{n:,}'))
     splits, clean = pack.table['split'].value_counts().to_dict(), Path(data)/'clean_report.json'
     leak = {k: v for k, v in (read_json(clean) if clean.is_file() else {}).items() if k in ('copies', 'test_rows_in_training')}
     run.record(dataset={'folder': str(data), 'sha256': pack.dataset_sha256, 'sources': sorted(pack.table['source'].unique()), 'splits': splits, 'priors': dict(zip(CLASSES, pack.priors().round(6))), **leak},
@@ -99,21 +103,19 @@ def margin_schedule(m:float, warmup:int, ramp:int): # margin (radians), epochs w
 
 # %% ../../nbs/teach/teacher.ipynb #c009
 def _train_part(part,     # (k, n) processes
-                run, data, config, spec, cfg, augment, pretrained, loss, margins, resume_from, sampler, mix, sample_weights, votes, fraction, show=None):
+                run, pack, config, cfg, augment, pretrained, loss, margins, resume_from, sampler, mix, sample_weights, votes, fraction, flip, show=None):
     "What each of the processes that train a teacher does; returns the history."
-    pack = open_pack(data, spec)
-    if fraction != 1: pack = pack.thinned(fraction, cfg.seed)
     of_rows, bound = row_weights(run if part[0] == 0 else None, sample_weights, pack)
     feed = Feeder(pack, device(), cfg.seed, augment, sampler=make_sampler(sampler), mix=mix, part=part)
-    model, report = start_model(match_data(config, spec, pretrained), feed, pretrained, cfg.seed)
+    model, report = start_model(match_data(config, pack.spec, pretrained), feed, pretrained, cfg.seed)
     if part[1] > 1: report['shared_batchnorms'] = share_batchnorm(model)
     if part[0] == 0 and (Path(pretrained)/'run.json').is_file(): run.record(parents={'start': parent(pretrained, 'backbone.safetensors')})
-    if part[0] == 0: run.record(seeds={'train': cfg.seed}, reliability={'start': report}, compression=model_size(model, spec))
+    if part[0] == 0: run.record(seeds={'train': cfg.seed}, reliability={'start': report}, compression=model_size(model, pack.spec))
     if fraction != 1: bound += (f'label_fraction {fraction}',)
     if votes: bound += ('votes',)
-    return fit(run, model, feed, label_objective(loss, pack.counts(), of_rows, torch.from_numpy(pack.votes()) if votes else None), cfg, margin_schedule(config.m, *margins), resume_from or None, bound, show)
+    return fit(run, model, feed, label_objective(loss, pack.counts(), of_rows, torch.from_numpy(pack.votes()) if votes else None), cfg, margin_schedule(config.m, *margins), resume_from or None, bound, show, flip)
 
-def _train_process(part, folder, args): return _train_part(part, Run(folder), *args)
+def _train_process(part, folder, opened, args): return _train_part(part, Run(folder), _opened(*opened), *args)
 
 def train_teacher(run:Run,             # run folder
                   data,                # curated data folder
@@ -125,7 +127,7 @@ def train_teacher(run:Run,             # run folder
                   loss:LabelLoss=LabelLoss(), # smoothing, class weights, focal exponent, adjustment, contrast
                   margin_warmup:int=2, # epochs without margin
                   margin_ramp:int=3,   # epochs of its rise
-                  flip:bool=True,      # judge with the mirror image averaged in (stated in metrics.json)
+                  flip:bool=True,      # validate and judge with the mirror image averaged in (stated in metrics.json)
                   resume_from:str='',  # last.ckpt of another run to continue
                   sampler:str='none',  # rows of an epoch: 'none' = each once, or 'sqrt', 'balanced', 'effective'
                   mixup:float=0.,      # α of MixUp, 0 = off
@@ -143,11 +145,12 @@ def train_teacher(run:Run,             # run folder
     if loss.contrast and processes > 1: raise FerError('bad_parameter', f'contrast={loss.contrast:g} in {processes} processes: each would contrast its own part of a batch only', 'pass contrast=0 or processes=1')
     if votes and mix: raise FerError('bad_parameter', 'votes beside mixed pictures: the partner has votes of its own', 'pass votes=false, or mixup=0 and cutmix=0')
     pack = open_data(run, data, spec, fraction, cfg.seed)
+    if votes and not (pack.table['soft_label'] != '').any(): raise FerError('bad_parameter', f'votes=true, and {data} has no votes: nothing but its labels would be learned', 'curate data with several opinions a face (ferplus), or pass votes=false')
     run.record(reliability={'precision': choose_precision(cfg.precision, config.backbone, device()), 'flip_averaged': flip, **({'processes': processes} if processes > 1 else {}), **({'mixing': asdict(mix)} if mix else {})})
-    args = (data, config, spec, cfg, augment, pretrained, loss, (margin_warmup, margin_ramp), resume_from, sampler, mix, sample_weights, votes, fraction)
-    if processes == 1: history = _train_part((0, 1), run, *args, show)
+    args = (config, cfg, augment, pretrained, loss, (margin_warmup, margin_ramp), resume_from, sampler, mix, sample_weights, votes, fraction, flip)
+    if processes == 1: history = _train_part((0, 1), run, pack, *args, show)
     else:
-        history = together(processes, _train_process, str(run.folder), args)
+        history = together(processes, _train_process, str(run.folder), (data, spec, fraction, cfg.seed), args)
         run.manifest = Run(run.folder).manifest # the first process has written to it
     best, _, _ = load_model(run.folder)
     feed = Feeder(pack, device(), cfg.seed, augment)

@@ -139,9 +139,9 @@ def _epoch(fabric, net, model, average, opt, feed, rows, objective, cfg, epoch, 
     return losses.mean()
 
 # %% ../../nbs/train/loop.ipynb #c018
-def validation_row(model, feed, rows, precision='32-true')->dict: # a history entry's validation part
+def validation_row(model, feed, rows, precision='32-true', flip=False)->dict: # a history entry's validation part
     "Validation NLL, accuracy and macro-F1."
-    z, y = predict_logits(model, feed, rows, precision=precision), feed.pack.labels[rows]
+    z, y = predict_logits(model, feed, rows, flip=flip, precision=precision), feed.pack.labels[rows]
     p = softmax(z)
     return {'val_loss': float(nll(p, y)), 'val_accuracy': float((z.argmax(1) == y).mean()), 'val_macro_f1': float(macro_f1(p, y))}
 
@@ -159,7 +159,7 @@ def _stop_early(history, cfg):
     return cfg.patience and len(scores) >= floor and len(scores) - 1 - int(np.argmax(scores)) >= cfg.patience
 
 # %% ../../nbs/train/loop.ipynb #c018b
-def _begin(run, model, opt, average, cfg, key, resume_from):
+def _begin(run, model, opt, average, cfg, key, resume_from, first):
     "Where this run stands: history, its first own epoch, the rate's factor, retries; weights restored."
     own, state = run.path('last.ckpt'), {'history': [], 'first': 0, 'scale': 1., 'tries': 0, 'key': key}
     if own.is_file() or resume_from:
@@ -168,7 +168,7 @@ def _begin(run, model, opt, average, cfg, key, resume_from):
         state |= {'history': saved['history'], 'first': len(saved['history'])}
         if own.is_file(): state |= {k: saved[k] for k in ('first', 'scale', 'tries')}
     if resume_from and not own.is_file():
-        run.record(parents={'resumed_from': parent(Path(resume_from).parent, Path(resume_from).name)})
+        if first: run.record(parents={'resumed_from': parent(Path(resume_from).parent, Path(resume_from).name)})
         if len(state['history']) >= cfg.epochs: raise FerError('no_op_resume', f'{resume_from} has {len(state["history"])} epochs and {cfg.epochs} are asked for: nothing to train', f'ask for more than {len(state["history"])} epochs')
     if cfg.retries: state['start'] = _snapshot(model, opt, average)
     return state
@@ -190,14 +190,14 @@ def _go_back(fabric, run, model, opt, average, state, error):
     _restore(load_state(own) if own.is_file() else state['start'], model, opt, average)
     if fabric.global_rank == 0: run.record(notes=[*run.manifest.notes, f'{utc_now()} {error.what}: back to epoch {len(state["history"])}, rate times {state["scale"]:g}'])
 
-def _validated(model, feed, precision):
+def _validated(model, feed, precision, flip):
     "A history entry's validation part; scores that are no numbers are a loss that is none, for all processes to see."
-    try: return validation_row(model, feed, feed.pack.rows('val'), precision)
+    try: return validation_row(model, feed, feed.pack.rows('val'), precision, flip)
     except FerError as e:
         if e.code != 'nan_loss': raise
         return {'val_loss': float('nan')}
 
-def _next_epoch(fabric, run, net, model, average, opt, feed, objective, cfg, on_epoch, state):
+def _next_epoch(fabric, run, net, model, average, opt, feed, objective, cfg, on_epoch, state, flip):
     "One epoch: trained, judged by the first process, written down."
     history, rows, began, precision = state['history'], feed.pack.rows('train'), time.monotonic(), fabric._precision.precision
     epoch, first = len(history), fabric.global_rank == 0
@@ -209,7 +209,7 @@ def _next_epoch(fabric, run, net, model, average, opt, feed, objective, cfg, on_
     if history and loss > 10*max(1e-3, abs(history[0]['train_loss'])): raise FerError('divergence', f'epoch {epoch + 1}: loss {loss:.3g} is over ten times the first epoch\'s')
     average.refresh(epoch, (x for x, _, _ in feed.batches(rows, cfg.batch_size, epoch=epoch, view=feed.view_of(epoch))))
     judged = average.judged(epoch)
-    row = _validated(judged, feed, precision) if first else {}
+    row = _validated(judged, feed, precision, flip) if first else {}
     row = fabric.broadcast(row) if fabric.world_size > 1 else row
     if not np.isfinite(row['val_loss']): raise FerError('nan_loss', f'epoch {epoch + 1}: the validation loss is {row["val_loss"]}, the last steps broke the weights')
     history.append({'epoch': epoch + 1, 'train_loss': loss, **row, 'lr': opt.param_groups[0]['lr'], 'rate': state['scale'], 'weights': 'mean' if epoch >= cfg.swa_start else 'ema' if cfg.ema else 'last', 'seconds': round(time.monotonic() - began, 2)})
@@ -227,21 +227,22 @@ def fit(run:Run,           # run folder that receives best.safetensors, config.j
         on_epoch=None,     # f(model, epoch), before an epoch: margin schedules and the like
         resume_from=None,  # last.ckpt of another run to continue; this run's own is found by itself
         bound:tuple=(),    # what else this run's own last.ckpt must share, e.g. the sha256 of row weights
-        show=None          # f(history), after every epoch: live curves
+        show=None,         # f(history), after every epoch: live curves
+        flip:bool=False    # validate with the mirror image averaged in, as the model will be judged
        )->list[dict]:      # history, an entry an epoch
     "Train to `cfg.epochs`, resuming where this run or `resume_from` stopped."
     fabric = make_fabric(choose_precision(cfg.precision, model.config.backbone, feed.device.type), feed.part[1])
-    also = ((feed.mix,) if feed.mix else ()) + tuple(bound)
+    also = ((feed.mix,) if feed.mix else ()) + (('flip',) if flip else ()) + tuple(bound)
     opt, key = make_optimizer(model, cfg), repr((asdict(cfg), asdict(model.config), feed.pack.dataset_sha256, *also))
     model.to(feed.device, memory_format=torch.channels_last)
     average = Average(model, cfg)
-    state = _begin(run, model, opt, average, cfg, key, resume_from)
+    state = _begin(run, model, opt, average, cfg, key, resume_from, fabric.global_rank == 0)
     if cfg.compile: model.backbone.compile()
     net, opt = fabric.setup(model, opt, move_to_device=False)
     for name in ('embed', 'regress', 'with_tokens'): net.mark_forward_method(name)
     with fast_training(model, fabric._precision.precision, feed.device):
         while len(state['history']) < cfg.epochs and not _stop_early(state['history'], cfg):
-            try: _next_epoch(fabric, run, net, model, average, opt, feed, objective, cfg, on_epoch, state)
+            try: _next_epoch(fabric, run, net, model, average, opt, feed, objective, cfg, on_epoch, state, flip)
             except FerError as e:
                 if e.code != 'nan_loss' or state['tries'] >= cfg.retries: raise
                 _go_back(fabric, run, model, opt, average, state, e)
