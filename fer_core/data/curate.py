@@ -18,7 +18,7 @@ from .manifest import class_counts, class_priors, content_hash, split_counts, wr
 from .opinions import POLICIES, disagreements, merge, overturned, several
 from .prints import decode_rows
 from .sources import against_published, detect_source, facts_of, pictures_there, read
-from .splits import cap, cut, kfold, leave_source_out, mixed_test, official_wins, subsample
+from .splits import cap, cut, kfold, leave_source_out, mixed_test, official_wins, seen_in_training, subsample
 from .validate import DRAWN, Report, box_pairs, photo_pairs, traced, validate
 
 # %% auto #0
@@ -219,7 +219,7 @@ def curate(datasets,               # folder as published, {source: folder}, or [
            folds:int=0,            # k of a k-fold assignment in folds.csv; 0 = none
            decisions='',           # file of a reviewer's decisions on labels; '' = none
            copies:str='drop',      # pictures that test or validation holds too: 'drop' from training, or 'keep' = the protocol as published, with its leak
-          detector=None           # face detector: quality is 0 without a face, copies are sought in other face boxes as well; None = neither
+           detector=None           # face detector: quality is 0 without a face, copies are sought in other face boxes as well; None = neither
           )->dict:                 # source, n per split, class priors, dataset_sha256, drops, seconds
     "Curate published datasets into one validated manifest."
     began, out = time.perf_counter(), Path(out)
@@ -246,8 +246,9 @@ def curate(datasets,               # folder as published, {source: folder}, or [
     report.decoded, report.problems = len(prints), traced(report.problems, kept)
     if copies == 'keep': _as_warnings(report)
     _gate(report, out, pd.concat(lost))
+    leak = int(seen_in_training(kept['split'], close[keep]).sum())
     notes = {'source': '+'.join(roots), 'seed': seed, 'val_fraction': val_fraction, 'test_fraction': test_fraction, 'max_rows': max_rows, 'policy': policy, 'agreement': agreement,
-             'max_ratio': max_ratio, 'hold_out': hold_out, 'copies': copies, 'test_rows_in_training': _leaking(kept, close[keep]), 'decisions': log, 'conversions': conversions, 'near_duplicates': {**_near_notes(near, close), **found}}
+             'max_ratio': max_ratio, 'hold_out': hold_out, 'copies': copies, 'test_rows_in_training': leak, 'decisions': log, 'conversions': conversions, 'near_duplicates': {**_near_notes(near, close), **found}}
     clean = _write(out, roots, read_rows, kept, pd.concat(lost, ignore_index=True), report, notes, said, problems, pairs, folds)
     shutil.rmtree(out/'.prints', ignore_errors=True)
     return {**{k: clean[k] for k in ('source', 'n', 'class_priors', 'dataset_sha256', 'dropped', 'test_rows_in_training')}, 'class_counts': clean['after'], 'hq_train': clean['hq']['n'], 'seconds': round(time.perf_counter() - began, 2)}
@@ -267,11 +268,6 @@ def _lost(df, why):
 def _near_notes(near, close):
     several_rows = int((np.unique(close, return_counts=True)[1] > 1).sum())
     return {'max_hamming': near, 'min_detail_correlation': CORRELATION, 'parts': list(PARTS), 'groups_of_several': several_rows}
-
-def _leaking(kept, close):
-    "Test rows whose picture is in training too, near-duplicates and other face boxes included."
-    split = kept['split'].to_numpy()
-    return int(np.isin(close[split == 'test'], close[split == 'train']).sum())
 
 def _as_warnings(report):
     "Leakage that was asked for is no error, and stays in sight."

@@ -16,6 +16,7 @@ from ..artifacts import FerError, failure_code, patch_to, read_json, sha256_byte
 from .images import iter_images
 from .manifest import content_hash, read_manifest
 from .preprocess import Preprocess, standardise
+from .splits import seen_in_training
 from ..faces.align import crop
 from ..labels import CLASS_ID, N_CLASSES
 
@@ -62,8 +63,7 @@ class Pack:
 
     def seen_in_training(self)->np.ndarray: # (test rows,) bool
         "Which test rows share a group with a training row: copies, in a manifest that kept them."
-        group, split = self.table['group'].to_numpy(str), self.table['split'].to_numpy()
-        return np.isin(group[split == 'test'], np.setdiff1d(group[split == 'train'], ['']))
+        return seen_in_training(self.table['split'], self.table['group'].to_numpy(str))
 
     def thinned(self, fraction:float, # share of each class's training rows to keep, above 0 to 1
                 seed:int=0            # which

@@ -9,8 +9,8 @@ from ..artifacts import FerError
 from ..labels import CLASS_ID, CLASSES
 
 # %% auto #0
-__all__ = ['subsample', 'official_wins', 'cut', 'kfold', 'leave_source_out', 'cap', 'balance_weights', 'sampling_probabilities',
-           'mixed_test']
+__all__ = ['subsample', 'official_wins', 'seen_in_training', 'cut', 'kfold', 'leave_source_out', 'cap', 'balance_weights',
+           'sampling_probabilities', 'mixed_test']
 
 # %% ../../nbs/data/splits.ipynb #c004
 def subsample(df:pd.DataFrame, # rows of one source
@@ -47,6 +47,15 @@ def official_wins(split,   # (n,) split of each row
         best = _best(rank, keys)
         for r in np.unique(best[best > rank]): why[(best == r) & (rank < r)] = f'{text} {names[r]}'
     return why
+
+# %% ../../nbs/data/splits.ipynb #c007b
+def seen_in_training(split, # (n,) split of each row
+                     keys   # (n,) what copies share; '' = nothing
+                    )->np.ndarray: # (test rows,) bool
+    "Which test rows share a key with a training row."
+    split, keys = np.asarray(split), np.asarray(keys)
+    train = keys[split == 'train']
+    return np.isin(keys[split == 'test'], train[train != ''] if keys.dtype.kind in 'UO' else train)
 
 # %% ../../nbs/data/splits.ipynb #c009
 def cut(label,           # (n,) class name
