@@ -58,7 +58,9 @@ class FerError(Exception):
         super().__init__(f'{what}: {self.mend} [{code}]')
 
     @property
-    def exit_code(self): return FAILURES[self.code].exit_code
+    def exit_code(self)->int: # 1..255
+        "What the process ends with."
+        return FAILURES[self.code].exit_code
 
 # %% ../nbs/artifacts.ipynb #c008
 def failure_code(exc:BaseException # any exception

@@ -63,7 +63,10 @@ class Prints:
     face: np.ndarray      # (n, 48, 48) uint8, the face on the template of `data.aligned`, zeros where none was found; (n, 0, 0) where none was sought
 
     def __len__(self): return len(self.sha256)
-    def take(self, rows): return Prints(*(getattr(self, f)[rows] for f in self.__dataclass_fields__))
+    def take(self, rows # row numbers, or a mask
+            )->'Prints':  # of these rows
+        "The fingerprints of some rows."
+        return Prints(*(getattr(self, f)[rows] for f in self.__dataclass_fields__))
 
 # %% ../../nbs/data/fingerprint.ipynb #c011
 _UNSEEN = np.zeros((0, 0), np.uint8)

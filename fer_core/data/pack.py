@@ -35,7 +35,9 @@ class Pack:
     def __len__(self): return len(self.table)
 
     @property
-    def labels(self)->np.ndarray: return self.table['label'].map(CLASS_ID).to_numpy(np.int64, copy=True)
+    def labels(self)->np.ndarray: # (n,) int64, 0..6
+        "Class ids, in manifest order."
+        return self.table['label'].map(CLASS_ID).to_numpy(np.int64, copy=True)
 
     def rows(self, split:str # train, val or test
             )->np.ndarray:   # row numbers of that split

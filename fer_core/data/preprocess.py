@@ -28,9 +28,13 @@ class Preprocess:
         if not 8 <= self.size <= 1024: raise FerError('bad_parameter', f'size {self.size} is outside 8..1024 pixels')
 
     @property
-    def channels(self)->int: return 1 if self.colour == 'grey' else 3
+    def channels(self)->int: # 1 or 3
+        "Of the network's input."
+        return 1 if self.colour == 'grey' else 3
 
-    def to_dict(self)->dict: return asdict(self)
+    def to_dict(self)->dict: # field -> value
+        "The spec as a model file stores it."
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, d:dict # what `to_dict` gave; unknown keys are an error, not ignored

@@ -33,7 +33,9 @@ class Report:
     shifts: list = field(default_factory=list)   # distances between class priors: a, b, total variation
 
     @property
-    def ok(self)->bool: return not self.problems
+    def ok(self)->bool:
+        "Nothing was found that forbids training on it."
+        return not self.problems
 
     def to_dict(self)->dict:
         "The report as JSON-like data."

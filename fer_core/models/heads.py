@@ -86,7 +86,10 @@ class ArcFaceHead(nn.Module):
 # %% ../../nbs/models/heads.ipynb #c014b
 class CosFaceHead(ArcFaceHead):
     "Cosine logits; in training the target's cosine is lowered by the margin."
-    def lowered(self, cos): return cos - self.margin
+    def lowered(self, cos:Tensor # (n,) cosines of the targets
+               )->Tensor:        # (n,)
+        "The cosines less the margin."
+        return cos - self.margin
 
 # %% ../../nbs/models/heads.ipynb #c016
 def margin_at(epoch:float,  # epochs done so far, from 0; may be fractional

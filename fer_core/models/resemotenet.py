@@ -84,13 +84,25 @@ def _make(variant, pretrained=False, num_classes=N_CLASSES, in_chans=3, pretrain
     return ResEmoteNet(variant, num_classes, in_chans)
 
 @register_model
-def resemotenet(**how)->ResEmoteNet: return _make('teacher', **how)
+def resemotenet(**how # timm's arguments
+                 )->ResEmoteNet: # a new network
+    "The teacher, 80.2 M parameters."
+    return _make('teacher', **how)
 
 @register_model
-def resemotenet_a(**how)->ResEmoteNet: return _make('A', **how)
+def resemotenet_a(**how # timm's arguments
+                 )->ResEmoteNet: # a new network
+    "Student A, 20.1 M parameters."
+    return _make('A', **how)
 
 @register_model
-def resemotenet_b(**how)->ResEmoteNet: return _make('B', **how)
+def resemotenet_b(**how # timm's arguments
+                 )->ResEmoteNet: # a new network
+    "Student B, 5.0 M parameters."
+    return _make('B', **how)
 
 @register_model
-def resemotenet_c(**how)->ResEmoteNet: return _make('C', **how)
+def resemotenet_c(**how # timm's arguments
+                 )->ResEmoteNet: # a new network
+    "Student C, 1.3 M parameters."
+    return _make('C', **how)

@@ -24,7 +24,9 @@ class Step(NamedTuple):
     at: dict = {}  # its place in the grid of `each`
 
     @property
-    def entry(self): return self.name.partition('[')[0]
+    def entry(self)->str: # 'face' of 'face[seed=0]'
+        "The plan's entry that it comes from."
+        return self.name.partition('[')[0]
 
 def plans_folder()->Path: # papermill_runs/ of the clone
     "Where the committed plans are."
