@@ -17,6 +17,6 @@ setup(
     extras_require={'dev': s['dev_requirements'].split()},
     entry_points={'console_scripts': s['console_scripts'].split()},
     packages=find_packages(include=['fer_core', 'fer_core.*']),
-    package_data={'fer_core': ['release/*']},
+    package_data={'fer_core': ['release/*', 'rules/*']},
     zip_safe=False,
 )

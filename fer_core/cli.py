@@ -12,8 +12,8 @@ from .artifacts import FAILURES, FerError, failure_code
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Out', 'SOURCES', 'report', 'data_app', 'Model', 'Detector', 'Progress', 'run', 'quickstart', 'runs',
-           'verify', 'gates', 'page', 'results', 'validate', 'hard', 'suspects', 'predict', 'demo', 'evaluate', 'bench',
-           'main']
+           'verify', 'gates', 'status', 'page', 'results', 'validate', 'hard', 'suspects', 'predict', 'demo',
+           'evaluate', 'bench', 'main']
 
 # %% ../nbs/cli.ipynb #c003
 app = typer.Typer(help='Facial expression recognition: from raw datasets to a calibrated student that runs live.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -150,15 +150,31 @@ report = typer.Typer(help='Tables and pages from runs.', no_args_is_help=True)
 app.add_typer(report, name='report')
 
 @report.command()
-def gates(folders:Annotated[list[Path], typer.Argument(help='run folders')], as_json:Json = False):
-    "The gates' verdicts of runs, with their evidence."
-    from fer_core.artifacts import Run
-    from fer_core.evaluate.gates import gate_table
-    if as_json: return _print([{'run': f.name, **v} for f in folders for v in Run(f).manifest.gates], True)
-    for f in folders:
-        verdicts = Run(f).manifest.gates
+def gates(folders:Annotated[list[Path], typer.Argument(help='run folders')],
+          rules:Annotated[str, typer.Option(help="judge what the runs measured by these rules instead: a YAML file, 'gates' or 'milestones'")] = '', as_json:Json = False):
+    "The gates' verdicts of runs, with their evidence; with --rules, all runs together by other rules. Fails if a rule of --rules fails."
+    from fer_core.evaluate.gates import evaluate_gates, gates_passed, gate_table
+    from fer_core.evaluate.rules import read_rules
+    from fer_core.runs.report import evidence_of_runs, verdicts_of
+    if rules:
+        verdicts = evaluate_gates(evidence_of_runs(folders), rules=read_rules(rules))
+        if as_json: _print(verdicts, True)
+        else: print(gate_table(verdicts).to_string(index=False))
+        if not gates_passed(verdicts): raise FerError('gate_rejected', f'{sum(not v["passed"] for v in verdicts)} of {len(verdicts)} rules failed, first {verdicts[[v["passed"] for v in verdicts].index(False)]["rule"]}')
+        return
+    found = {f: verdicts_of(f) for f in folders}
+    if as_json: return _print([{'run': f.name, **v} for f, verdicts in found.items() for v in verdicts], True)
+    for f, verdicts in found.items():
         print(f'{f.name}: ' + ('this run judged no gates' if not verdicts else f'{sum(v["passed"] for v in verdicts)} of {len(verdicts)} rules passed'))
         if verdicts: print(gate_table(verdicts).to_string(index=False))
+
+@report.command()
+def status(out:Out = None, to:Annotated[Optional[Path], typer.Option(help='HTML file (default: status.html in the folder of runs)')] = None):
+    "A page of all runs: what they measured and what their gates say."
+    from fer_core.runs.report import status_page
+    from fer_core.runs.stage import runs_root
+    root = Path(out or runs_root())
+    print(status_page(root, to or root/'status.html'))
 
 @report.command()
 def page(folder:Annotated[Path, typer.Argument(help='run folder')], reports:Annotated[Path, typer.Option(help='reports folder')] = Path('reports')):

@@ -4,6 +4,7 @@ import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from fer_core.artifacts import FerError, read_json, write_json
 from fer_core.evaluate import calibrate as C, figures as F, gates as G, metrics as M, statistics as S
+from fer_core.evaluate.rules import read_rules
 from fer_core.labels import CLASSES
 
 COUNTS = (491, 55, 528, 879, 594, 416, 626)  # FER2013 PrivateTest
@@ -190,24 +191,56 @@ def test_mcnemar_is_symmetric_and_names_the_better(a_only, b_only):
     if x['significant']: assert x['verdict'].startswith('A' if a_only > b_only else 'B')
 
 
+def fit(rule, value): return {'value': value, 'from': 'a test', 'split': rule['split'], 'n': rule['least_n']}
+
+
 def test_a_gate_without_evidence_fails_every_rule():
     verdicts = G.evaluate_gates({})
     assert len(verdicts) == len(G.GATES) and not any(v['passed'] for v in verdicts) and {v['reason'] for v in verdicts} == {'missing'}
-    assert {v['gate'] for v in verdicts} == {'G-ensemble', 'G-student', 'G-int8', 'G-latency', 'G-parity'}
+    assert {v['gate'] for v in verdicts} == {'G-ensemble', 'G-student', 'G-prune', 'G-int8', 'G-latency', 'G-parity', 'G-repro', 'G-reliability', 'G-replay'}
+    assert {v['gate'] for v in G.evaluate_gates({}, rules=G.MILESTONES)} == {f'M{k}' for k in range(1, 17)}
 
 
-@pytest.mark.parametrize('rule', G.GATES, ids=lambda r: r['metric'])
+@pytest.mark.parametrize('rule', G.GATES + G.MILESTONES, ids=lambda r: f'{r["gate"]}-{r["metric"]}')
 def test_every_rule_passes_on_its_threshold_and_fails_beyond_it(rule):
     worse = -1 if rule['comparison'] == '>=' else 1
     for step, expected in ((0, True), (1e-4*worse, False), (-1e-4*worse, True)):
-        verdict = [v for v in G.evaluate_gates({rule['metric']: rule['threshold'] + step}, rule['gate']) if v['rule'] == rule['metric']]
+        verdict = [v for v in G.evaluate_gates({rule['metric']: fit(rule, rule['threshold'] + step)}, rule['gate'], G.GATES + G.MILESTONES) if v['rule'] == rule['metric']]
         assert [v['passed'] for v in verdict] == [expected]
 
 
 def test_an_exact_gain_of_two_points_passes_in_floating_point():
     assert .58 - .56 < .02  # what a naive comparison would reject
-    verdict = G.evaluate_gates({'ensemble.macro_f1_gain': .58 - .56}, 'G-ensemble')[0]
-    assert verdict['passed']
+    rule = G.GATES[0]
+    assert G.evaluate_gates({rule['metric']: fit(rule, .58 - .56)}, 'G-ensemble')[0]['passed']
+
+
+@pytest.mark.parametrize('change, sentence', [({'split': 'val'}, 'measured on val, the rule asks for test'), ({'split': ''}, 'measured on a split that is not stated, the rule asks for test'),
+                                              ({'n': 37}, 'n = 37, at least 300 asked'), ({'n': None}, 'n is not stated, at least 300 asked'), ({'value': None}, 'missing'), ({'value': float('inf')}, 'not a finite number')])
+def test_evidence_that_a_rule_cannot_use_fails_with_a_sentence(change, sentence):
+    rule = G.GATES[0]
+    verdict = G.evaluate_gates({rule['metric']: fit(rule, .5) | change}, 'G-ensemble')[0]
+    assert not verdict['passed'] and verdict['reason'] == sentence and sentence in G.gate_table([verdict]).to_string()
+
+
+@pytest.mark.parametrize('text, what', [
+    ('rules:\n- {gate: G, metric: student.macro_f1_gab, at_most: 1}', "rule 1: nothing measures 'student.macro_f1_gab': do you mean student.macro_f1_gap?"),
+    ('rules:\n- {gate: G, metric: student.ece, at_most: 1}\n- {gate: G, metric: student.ece, at_most: 2}', 'two rules on student.ece'),
+    ('rules:\n- {gate: G, metric: student.ece}', 'rule 1: student.ece needs one bound: write at_least or at_most'),
+    ('rules:\n- {gate: G, metric: student.ece, at_most: 1, at_least: 0}', 'needs one bound'),
+    ('rules:\n- {gate: G, metric: student.ece, at_most: low}', 'rule 1: at_most: input should be a valid number'),
+    ('rules:\n- {gate: G, metric: student.ece, atmost: 1}', 'rule 1: atmost: extra inputs are not permitted'),
+    ('rules:\n- {gate: G, metric: student.ece, at_most: 1, split: train}', "split 'train'"),
+    ('rules:\n- {gate: G, includes: [H]}', "there is no gate 'H' to include"),
+    ('rules: 3', 'has no list of rules'), ('rules:\n- 3', 'rule 1: 3 is no rule'), ('rules: [', 'is no YAML')])
+def test_a_faulty_file_of_rules_is_told_with_its_mend(tmp_path, text, what):
+    (tmp_path/'r.yaml').write_text(text)
+    with pytest.raises(FerError) as e: read_rules(tmp_path/'r.yaml')
+    assert what in str(e.value) and 'r.yaml' in str(e.value)
+
+
+def test_rules_that_are_not_there(tmp_path):
+    with pytest.raises(FerError, match='gates, milestones'): read_rules(tmp_path/'no.yaml')
 
 
 def test_an_unknown_gate_is_an_error():
@@ -236,7 +269,8 @@ def test_verdicts_and_evidence_survive_json(tmp_path):
     verdicts = G.evaluate_gates(evidence, ['G-int8', 'G-parity'])
     write_json(tmp_path/'gates.json', verdicts)
     assert read_json(tmp_path/'gates.json') == verdicts
-    assert [v['reason'] for v in verdicts] == ['', '', 'missing', '', '']  # latency was not measured
+    assert [v['reason'] for v in verdicts] == ['measured on test, the rule asks for val']*2 + ['missing', '', '']  # quantisation is decided on validation; latency was not measured
+    assert G.evaluate_gates(G.evidence_of(verdicts), ['G-int8', 'G-parity']) == verdicts
     assert len(G.gate_table(read_json(tmp_path/'gates.json'))) == 5
 
 

@@ -184,3 +184,49 @@ def test_a_sampler_changes_the_order_and_a_wrong_one_is_named(curated, tmp_path)
     for how in ('none', 'balanced'): fer('run', 'teacher', '-p', f'data={curated}', '-p', 'epochs=1', '-p', f'sampler={how}', *TINY, out=tmp_path/how)
     losses = [json.loads((only_run(tmp_path/how, 'teacher')/'history.json').read_text())[0]['train_loss'] for how in ('none', 'balanced')]
     assert losses[0] != losses[1] and manifest(only_run(tmp_path/'balanced', 'teacher'))['parameters']['sampler'] == 'balanced'
+
+
+# -- gates over runs ----------------------------------------------------------------------------------------------------------
+
+def judged(folder, **evidence):
+    from fer_core.artifacts import Run
+    from fer_core.evaluate.gates import GATES, evaluate_gates
+    run = Run.create(folder, 'ensemble')
+    run.record(gates=evaluate_gates({k.replace('__', '.'): {'value': v, 'from': 'a test', 'split': 'test', 'n': 500} for k, v in evidence.items()}, [r['gate'] for r in GATES if r['metric'] in {k.replace('__', '.') for k in evidence}]))
+    run.finish()
+    return folder
+
+
+def test_runs_are_judged_together_by_a_file_of_rules(tmp_path):
+    from typer.testing import CliRunner
+    from fer_core.cli import app
+    a, b = judged(tmp_path/'a', ensemble__macro_f1_gain=.03), judged(tmp_path/'b', student__ece=.05)
+    rules = tmp_path/'mine.yaml'
+    rules.write_text('rules:\n- {gate: G-mine, metric: ensemble.macro_f1_gain, at_least: 0.025, split: test, least_n: 500}\n- {gate: G-mine, metric: student.ece, at_most: 0.06}\n')
+    ask = lambda *given: CliRunner().invoke(app, ['report', 'gates', *map(str, given)])
+    done = ask(a, b, '--rules', rules)
+    assert done.exit_code == 0 and done.output.count('✓') == 2
+    alone = ask(a, '--rules', rules)
+    assert alone.exit_code and alone.exception.code == 'gate_rejected' and 'student.ece' in str(alone.exception) and 'missing' in alone.output
+    rules.write_text('rules:\n- {gate: G-mine, metric: ensemble.gain, at_least: 0.025}\n')
+    assert 'ensemble.gain' in str(ask(a, '--rules', rules).exception)
+    assert 'no run folder' in str(ask(tmp_path/'none').exception)
+
+
+def test_two_runs_that_measured_the_same_thing_are_not_mixed(tmp_path):
+    from fer_core.artifacts import FerError
+    from fer_core.runs.report import evidence_of_runs
+    a, b = judged(tmp_path/'a', ensemble__ece=.03), judged(tmp_path/'b', ensemble__ece=.05)
+    with pytest.raises(FerError, match='a and b both measured ensemble.ece'): evidence_of_runs([a, b])
+    assert evidence_of_runs([a, a])['ensemble.ece']['value'] == .03
+
+
+def test_the_status_page_says_why_a_gate_failed(tmp_path):
+    from typer.testing import CliRunner
+    from fer_core.cli import app
+    judged(tmp_path/'one', ensemble__ece=.5)
+    (tmp_path/'two').mkdir(); (tmp_path/'two'/'run.json').write_text('{"half')
+    done = CliRunner().invoke(app, ['report', 'status', '--out', str(tmp_path)])
+    page = (tmp_path/'status.html').read_text()
+    assert done.exit_code == 0 and '2 runs' in page and 'unreadable' in page
+    assert 'G-ensemble: calibration error 0.5, at most 0.06 asked' in page and 'macro-F1 over the best single teacher: missing' in page

@@ -141,6 +141,25 @@ def histories(self, folders)->dict: # run folders; name -> history
     "Training histories by model name."
     return {self.name(f): read_json(Path(f)/'history.json') for f in folders}
 
+@patch_to(Pipeline)
+def evidence(self)->dict: # metric -> {'value', 'from', 'split', 'n'}
+    "All that the path measured for gates and milestones; also written into the run."
+    teachers, priors = {self.name(t): _test(t) for t in self.teachers}, self.dataset['priors']
+    sizes = [Run(f).manifest.compression['params'] for f in (self.student, *self.teachers)]
+    found = rules.evidence_of([v for f in (self.compressed, self.benchmark) for v in Run(f).manifest.gates])
+    found |= rules.ensemble_evidence(self.metrics['ensemble'], teachers, priors) | rules.student_evidence(self.metrics['student'], self.metrics['ensemble'], sizes[0], sum(sizes[1:]), priors)
+    phase = {Run(s).manifest.parameters['phase']: s for s in self.students}
+    if 'kd' in phase:
+        told = Run(phase['dkd']).manifest.reliability.get('adoption', {}) if 'dkd' in phase else {}
+        found |= rules.phase_evidence(_test(phase['kd']), teachers, told.get('adopted'), _test(phase['dkd'], 'val') if told else None)
+    write_json(self.run.path('evidence.json'), found)
+    return found
+
+@patch_to(Pipeline)
+def milestones(self)->pd.DataFrame:
+    "The plan's milestones, judged by what this path measured."
+    return rules.gate_table(rules.evaluate_gates(self.evidence(), rules=rules.MILESTONES))
+
 # %% ../../nbs/runs/pipeline.ipynb #c012
 @patch_to(Pipeline)
 def phases(self)->pd.DataFrame:

@@ -6,12 +6,13 @@
 from __future__ import annotations
 from pathlib import Path
 import pandas as pd
-from ..artifacts import FerError, Run, sha256_file, verify_hashes, write_text
+from ..artifacts import FerError, Run, read_json, sha256_file, verify_hashes, write_text
 from ..evaluate.figures import stamp
+from ..evaluate.gates import evidence_of
 
 # %% auto #0
-__all__ = ['metrics_table', 'summary', 'overall', 'opening', 'closing', 'stamped', 'runs_table', 'verify_run', 'to_html',
-           'ancestors', 'publish']
+__all__ = ['metrics_table', 'summary', 'verdicts_of', 'evidence_of_runs', 'overall', 'opening', 'closing', 'stamped',
+           'runs_table', 'status_table', 'status_page', 'verify_run', 'to_html', 'ancestors', 'publish']
 
 # %% ../../nbs/runs/report.ipynb #c004
 def _cell(v): return f'{v:.4f}' if isinstance(v, float) else str(v)
@@ -44,6 +45,24 @@ def summary(run:Run # run
     lines.append(f'Commit `{(m.git.get("commit") or "none")[:10]}`{" with uncommitted changes" if m.git.get("dirty") else ""}; {m.environment.get("cpu", "")}, {m.environment.get("cores")} cores{", " + m.environment["gpu"] if m.environment.get("gpu") else ""}.')
     lines.append('Versions: ' + ', '.join(f'{k} {v}' for k, v in sorted(m.environment.get('packages', {}).items())) + '.')
     return '\n\n'.join(lines)
+
+def verdicts_of(folder # run folder
+               )->list[dict]: # what its gates said
+    "The gates' verdicts of a run."
+    if not (Path(folder)/'run.json').is_file(): raise FerError('missing_file', f'{folder} is no run folder', 'give the folder that holds run.json')
+    return Run(folder).manifest.gates
+
+def evidence_of_runs(folders # run folders
+                    )->dict: # metric -> {'value', 'from', 'split', 'n'}
+    "What runs measured for gates, together; a metric that two runs measured is an error."
+    found, owner = {}, {}
+    for f in map(Path, folders):
+        verdicts = verdicts_of(f)
+        mine = read_json(f/'evidence.json') if (f/'evidence.json').is_file() else evidence_of(verdicts)
+        for k, item in mine.items():
+            if k in found and found[k]['value'] != item['value']: raise FerError('bad_parameter', f'{owner[k]} and {f.name} both measured {k}: {found[k]["value"]} and {item["value"]}', 'give the runs of one path')
+            found[k], owner[k] = item, f.name
+    return found
 
 def overall(verdicts:list[dict] # verdicts of rules
            )->list[dict]:       # one per gate: gate, passed
@@ -103,6 +122,33 @@ def runs_table(root # folder of runs
         rows.append({'run': m.experiment_id, 'stage': m.stage, 'status': status, 'code': (m.failure or {}).get('code', ''), 'started': m.started,
                      'minutes': None if m.seconds is None else round(m.seconds/60, 1), 'accuracy': test.get('accuracy'), 'macro_f1': test.get('macro_f1')})
     return pd.DataFrame(rows).sort_values('started', ignore_index=True) if rows else pd.DataFrame(columns=['run', 'stage', 'status'])
+
+# %% ../../nbs/runs/report.ipynb #c009b
+def _failures(verdicts):
+    "What failed, a sentence a rule."
+    return [f'{v["gate"]}: {v["says"]} {v["value"]:.4g}, {"at least" if v["comparison"] == ">=" else "at most"} {v["threshold"]:g} asked' if v['reason'] == 'threshold not met' else f'{v["gate"]}: {v["says"]}: {v["reason"]}' for v in verdicts if not v['passed']]
+
+def status_table(root # folder of runs
+                )->pd.DataFrame: # runs_table with dataset, passed and failed gates
+    "All runs with their gates, newest first."
+    table = runs_table(root)
+    said = []
+    for name, status in zip(table['run'], table['status']):
+        m = None if status == 'unreadable' else Run(Path(root)/name).manifest
+        gates = overall(m.gates) if m else []
+        said.append({'dataset': (m.dataset.get('sha256') or '')[:12] if m else '', 'seed': m.seeds.get('train', '') if m else '', 'passed': ', '.join(g['gate'] for g in gates if g['passed']), 'failed': '; '.join(_failures(m.gates)) if m else ''})
+    return table.join(pd.DataFrame(said, columns=['dataset', 'seed', 'passed', 'failed']))[::-1].reset_index(drop=True)
+
+def status_page(root, # folder of runs
+                page  # HTML file to write
+               )->Path: # the page
+    "A self-contained page of all runs and what their gates say."
+    table = status_table(root)
+    counts = table['status'].value_counts()
+    shown = table.assign(started=table.get('started', pd.Series(dtype=str)).astype(str).str[:16].str.replace('T', ' ')).rename(columns={'macro_f1': 'macro-F1'})
+    body = shown.astype(object).where(shown.notna(), '').to_html(index=False, border=0, float_format=lambda v: f'{v:.4f}')
+    write_text(page, f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>Runs</title>{_STYLE.replace("60rem", "90rem")}</head><body><h1>Runs</h1><p>{len(table)} runs: {", ".join(f"{n} {s}" for s, n in counts.items()) or "none yet"}. A run is accepted when it ran to its end; what its gates say stands beside it.</p>{body}</body></html>\n')
+    return Path(page)
 
 # %% ../../nbs/runs/report.ipynb #c012
 def verify_run(folder # run folder
