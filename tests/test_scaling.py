@@ -9,7 +9,7 @@ from sklearn.frozen import FrozenEstimator
 from fer_core.artifacts import FerError
 from fer_core.evaluate import scaling
 from fer_core.evaluate.calibrate import fit_temperature
-from fer_core.evaluate.conformal import SCORES, error_bound, prediction_sets, set_figures, threshold_for_risk
+from fer_core.evaluate.conformal import SCORES, error_bound, prediction_sets, risk_table, set_figures, sets_table, threshold_for_risk
 from fer_core.evaluate.metrics import softmax
 from fer_core.evaluate.scaling import Scaling, against_rest, choose_scaling, compare_methods, fit_scaling
 
@@ -219,3 +219,17 @@ def test_a_target_out_of_reach_is_said():
     z, y = posterior(200)
     assert threshold_for_risk(softmax(z), y, .001)['threshold'] is None
     with pytest.raises(FerError): threshold_for_risk(softmax(z), y, 0.)
+
+
+def test_tables_say_what_was_promised_and_kept():
+    (z, y), (z2, y2) = posterior(900), posterior(2000, 1)
+    table, figures = sets_table(softmax(z), y, softmax(z2), y2)
+    assert table.shape[0] == 9 and table.loc[('lac', .9), 'held'] == figures['lac 0.9']['coverage'] > .86
+    rare = np.concatenate([np.flatnonzero(y != 1)[:29], np.flatnonzero(y == 1)[:1]])
+    few, _ = sets_table(softmax(z[rare]), y[rare], softmax(z2), y2)
+    assert {*few.index} == {('lac', .8), ('aps', .8)}
+    with pytest.raises(FerError, match='only 1'): prediction_sets(softmax(z[rare]), y[rare], softmax(z2), .8, 'raps')
+    none = np.flatnonzero(y != 1)[:100]
+    assert set_figures(prediction_sets(softmax(z[none]), y[none], softmax(z2), .8, 'aps'), y2)['per_class']['disgust']['n'] > 20 # a class that validation never showed
+    told = risk_table(softmax(z), y, softmax(z2), y2, (.001, .4))
+    assert told.loc[.001, 'threshold'] == 'none' == told.loc[.001, 'error on test'] and 0 < told.loc[.4, 'error on test'] < .4

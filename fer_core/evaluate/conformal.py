@@ -12,7 +12,8 @@ from .statistics import wilson
 from ..labels import CLASSES
 
 # %% auto #0
-__all__ = ['SCORES', 'CANDIDATES', 'prediction_sets', 'set_figures', 'error_bound', 'threshold_for_risk']
+__all__ = ['SCORES', 'CANDIDATES', 'prediction_sets', 'set_figures', 'sets_table', 'error_bound', 'threshold_for_risk',
+           'risk_table']
 
 # %% ../../nbs/evaluate/conformal.ipynb #c004
 SCORES = ('lac', 'aps', 'raps')
@@ -42,6 +43,7 @@ def prediction_sets(fit_probs, # (n, C) probabilities of validation
     least = int(np.ceil(1/(1 - coverage))) if 0 < coverage < 1 else 0
     if not least: raise FerError('bad_parameter', f'coverage {coverage} is no share', 'give a number between 0 and 1')
     if len(labels) < least: raise FerError('bad_parameter', f'{len(labels)} validation faces cannot promise a coverage of {coverage:g}', f'give {least} or more')
+    if score == 'raps' and (least := np.bincount(labels)[np.unique(labels)].min()) < 2: raise FerError('bad_parameter', f'raps parts the validation faces of every class, and one has only {least}', 'take aps, or more faces')
     model = SplitConformalClassifier(_given(p.shape[1]), coverage, score, prefit=True, random_state=seed).conformalize(_sums_to_one(p), labels)
     return model.predict_set(_sums_to_one(probs))[1][:, :, 0]
 
@@ -59,6 +61,21 @@ def set_figures(sets,  # (n, C) bool
     held, size = sets[np.arange(len(labels)), labels], sets.sum(1)
     by_class = {c: {'n': int((labels == k).sum()), 'coverage': float(held[labels == k].mean()), 'size': float(size[labels == k].mean())} for k, c in enumerate(CLASSES) if (labels == k).any()}
     return {'n': len(labels), 'coverage': float(held.mean()), 'ci': list(wilson(int(held.sum()), len(held))), 'size': float(size.mean()), 'singletons': float((size == 1).mean()), 'empty': float((size == 0).mean()), 'per_class': by_class}
+
+def sets_table(fit_probs, # (n, C) probabilities of validation
+               fit_labels, # (n,) class ids
+               probs,     # (m, C) probabilities to report on
+               labels,    # (m,) class ids
+               levels=(.8, .9, .95), # promised coverages
+               seed:int=0 # of the draws that break ties
+              )->tuple:   # DataFrame, a row a score and level; {'score level': set_figures}
+    "What was promised and what was kept, by every score."
+    import pandas as pd
+    levels = [c for c in levels if len(fit_labels) >= 5/(1 - c)] # fewer faces than this promise next to nothing
+    scores = SCORES if np.unique(fit_labels, return_counts=True)[1].min() > 1 else SCORES[:2] # raps parts every class
+    told = {(s, c): set_figures(prediction_sets(fit_probs, fit_labels, probs, c, s, seed), labels) for s in scores for c in levels}
+    rows = [{'score': s, 'promised': c, 'held': f['coverage'], 'low': f['ci'][0], 'high': f['ci'][1], 'labels a set': f['size'], 'one label': f['singletons'], 'none': f['empty'], **{f'held, {k}': v['coverage'] for k, v in f['per_class'].items()}} for (s, c), f in told.items()]
+    return pd.DataFrame(rows, columns=None if rows else ['score', 'promised']).set_index(['score', 'promised']), {f'{s} {c:g}': f for (s, c), f in told.items()}
 
 # %% ../../nbs/evaluate/conformal.ipynb #c011
 CANDIDATES = 50  # thresholds that share the doubt
@@ -85,3 +102,19 @@ def threshold_for_risk(probs,  # (n, C) calibrated probabilities of validation
         bound = error_bound(int(wrong[kept].sum()), int(kept.sum()), delta/CANDIDATES)
         if bound <= risk: return told | {'threshold': float(at), 'coverage': float(kept.mean()), 'error': float(wrong[kept].mean()), 'bound': bound, 'answered': int(kept.sum())}
     return told
+
+def risk_table(fit_probs,  # (n, C) calibrated probabilities of validation
+               fit_labels, # (n,) class ids
+               probs,      # (m, C) calibrated probabilities to report on
+               labels,     # (m,) class ids
+               risks=(.05, .1, .15, .2, .25, .3) # target error rates
+              ):           # DataFrame, a row a target
+    "Thresholds found on validation, and what they did to other faces."
+    import pandas as pd
+    rows, wrong = [], np.argmax(probs, 1) != np.asarray(labels)
+    for risk in risks:
+        t = threshold_for_risk(fit_probs, fit_labels, risk)
+        kept = np.max(probs, 1) >= (np.inf if t['threshold'] is None else t['threshold'])
+        rows.append({'target': risk, 'threshold': t['threshold'], 'answered on val': t['coverage'], 'bound': t['bound'], 'answered on test': float(kept.mean()), 'error on test': float(wrong[kept].mean()) if kept.any() else None})
+    table = pd.DataFrame(rows).set_index('target').astype(float)
+    return table.round(3).astype(object).where(table.notna(), 'none')
