@@ -1,6 +1,7 @@
 """Export, quantisation and latency: parity on a real backbone, metadata that survive, files that fail well."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -305,3 +306,47 @@ def test_peak_memory_is_the_model_process_own(files):
 def test_wrong_latency_calls_fail_well(files, tmp_path):
     for call in (lambda: latency(tmp_path/'none.onnx'), lambda: latency(files[3], provider='NoExecutionProvider'), lambda: latency(files[3], n_timed=0), lambda: compare({})):
         with pytest.raises(FerError): call()
+
+
+# ---- calibration by class
+
+def by_class():
+    from fer_core.evaluate.scaling import Scaling
+    return Scaling('vector', tuple(np.linspace(.4, 1.2, 7).tolist()), tuple(np.linspace(-1, 1, 7).tolist()))
+
+
+@pytest.mark.parametrize('which', [3, 4], ids=['float', 'int8'])
+def test_a_scaling_by_class_is_part_of_the_graph(files, tmp_path, which):
+    from fer_core.compress.export import scale_logits
+    from fer_core.live.recognise import Recognizer
+    x, path = pictures(40, seed=5), tmp_path/'m.onnx'
+    shutil.copy(files[which], path)
+    plain, scaling = onnx_logits(path, x), by_class()
+    scale_logits(path, scaling)
+    assert np.abs(onnx_logits(path, x) - scaling(plain)).max() < 1e-4 and np.abs(onnx_logits(path, x[:1]) - scaling(plain[:1])).max() < 1e-4
+    assert json.loads(read_metadata(path)['scaling']) == json.loads(json.dumps(scaling.to_dict()))
+    crops = [np.random.default_rng(k).integers(0, 256, (60, 60), np.uint8) for k in range(3)]
+    was, now = Recognizer(files[which]), Recognizer(path)
+    assert np.abs(now.logits(crops) - scaling(was.logits(crops))).max() < 1e-4
+    with pytest.raises(FerError, match='scaled already'): scale_logits(path, scaling)
+    with pytest.raises(FerError, match='graph'): write_metadata(path, scaling='none')
+
+
+def test_a_variant_that_needs_more_than_a_temperature_gets_it(files, tmp_path, monkeypatch):
+    import pandas as pd
+    from types import SimpleNamespace
+    from fer_core.artifacts import Run
+    from fer_core.compress import release
+    x, path = pictures(140, seed=6), tmp_path/'m.onnx'
+    shutil.copy(files[3], path)
+    plain = onnx_logits(path, x)
+    split, labels = np.repeat(['val', 'test'], 70), np.tile(np.arange(7), 20)
+    rows = {s: np.flatnonzero(split == s) for s in ('val', 'test')}
+    pack = SimpleNamespace(dataset_sha256='d'*64, labels=labels, rows=rows.get, table=pd.DataFrame({'id': [f'r{i}' for i in range(140)]}))
+    run = Run.create(tmp_path/'run', 'compress')
+    run.record(dataset={'priors': dict.fromkeys(CLASSES, 1/7)})
+    monkeypatch.setattr(release, 'choose_scaling', lambda z, y, minority: (by_class(), {'reason': 'asked for by a test'}))
+    logits, metrics, calibration = release._judge_variant(run, pack, path, 'fp32', {s: x[r] for s, r in rows.items()}, {s: labels[r] for s, r in rows.items()})
+    assert np.abs(logits['test'] - onnx_logits(path, x[70:])).max() < 1e-4 # what is judged is what the file says
+    assert np.abs(release._as_file(calibration, plain[70:]) - logits['test']).max() < 1e-4
+    assert read_metadata(path)['temperature'] == calibration['temperature'] == metrics['fp32/test']['temperature'] and calibration['safeguards'] == 'asked for by a test'

@@ -14,14 +14,14 @@ from ..labels import CLASSES, N_CLASSES
 
 # %% auto #0
 __all__ = ['FORMAT', 'METADATA', 'make_metadata', 'strip_notes', 'pool_globally', 'save_onnx', 'Mirrored', 'evaluating', 'quiet',
-           'export_onnx', 'read_metadata', 'write_metadata', 'cores', 'open_onnx', 'onnx_logits', 'torch_logits',
-           'parity']
+           'export_onnx', 'read_metadata', 'write_metadata', 'scale_logits', 'cores', 'open_onnx', 'onnx_logits',
+           'torch_logits', 'parity']
 
 # %% ../../nbs/compress/export.ipynb #c004
 FORMAT = 'fer_core/1'
 METADATA = ('format', 'class_order', 'preprocess', 'input_size', 'colour_order', 'mean', 'std', 'clahe', 'temperature', 'abstention_threshold', 'licence', 'run_id',
-            'weights_sha256', 'precision', 'looks', 'calibration_sha256', 'calibration_n', 'calibration_method', 'float_nodes')  # every key a file of ours may carry
-_OF_THE_GRAPH = ('format', 'class_order', 'preprocess', 'input_size', 'colour_order', 'mean', 'std', 'clahe', 'precision', 'looks')  # fixed by graph and weights: never rewritten
+            'weights_sha256', 'precision', 'looks', 'calibration_sha256', 'calibration_n', 'calibration_method', 'float_nodes', 'scaling')  # every key a file of ours may carry
+_OF_THE_GRAPH = ('format', 'class_order', 'preprocess', 'input_size', 'colour_order', 'mean', 'std', 'clahe', 'precision', 'looks', 'scaling')  # fixed by graph and weights: never rewritten
 
 def _checked(temperature, threshold):
     T, threshold = float(temperature), float(threshold)
@@ -173,6 +173,22 @@ def write_metadata(path, # ONNX file of ours, rewritten atomically
     T, threshold = _checked(changes.get('temperature', stored['temperature']), changes.get('abstention_threshold', stored['abstention_threshold']))
     save_onnx(proto, path, raw | {k: str(v) for k, v in changes.items()} | {'temperature': T, 'abstention_threshold': threshold})
     return read_metadata(path)
+
+# %% ../../nbs/compress/export.ipynb #c017b
+def scale_logits(path,   # ONNX file of ours, rewritten atomically
+                 scaling # `evaluate.scaling.Scaling`
+                )->Path: # the file
+    "Put a calibration by class behind a file's logits."
+    (proto, raw), graph_of = _load(path), read_metadata(path)
+    if 'scaling' in graph_of: raise FerError('bad_parameter', f'{Path(path).name}: its logits are scaled already', 'export the model again')
+    graph = proto.graph
+    for n in graph.node:
+        for names in (n.input, n.output):
+            for k, name in enumerate(names):
+                if name == 'logits': names[k] = 'unscaled_logits'
+    for name, values in (('logit_scale', scaling.scale), ('logit_shift', scaling.shift)): graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values, np.float32), name))
+    graph.node.extend([onnx.helper.make_node('Mul', ['unscaled_logits', 'logit_scale'], ['scaled_logits'], 'scale_logits'), onnx.helper.make_node('Add', ['scaled_logits', 'logit_shift'], ['logits'], 'shift_logits')])
+    return save_onnx(proto, path, raw | {'scaling': json.dumps(scaling.to_dict())})
 
 # %% ../../nbs/compress/export.ipynb #c019
 def cores()->int: # 1 or more

@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 import numpy as np
 from ..artifacts import FerError, Run, parent, read_json, sha256_file, write_json, write_text
-from .export import export_onnx, onnx_logits, read_metadata, write_metadata
+from .export import export_onnx, onnx_logits, read_metadata, scale_logits, write_metadata
 from .latency import compare
 from .quantize import quantize_static_int8
 from ..data.loader import Feeder, Pack, open_pack
 from ..distill.student import adopted_run, started_from
-from ..evaluate.gates import evaluate_gates, gates_passed, int8_evidence, parity_evidence
+from ..evaluate.gates import evaluate_gates, gates_passed, int8_evidence, parity_evidence, rarest
 from ..evaluate.metrics import evaluate
+from ..evaluate.scaling import Scaling, choose_scaling
 from ..labels import CLASSES
 from ..models.backbones import load_model, model_size, save_model, with_projector
 from ..teach.teacher import open_data
@@ -45,12 +46,21 @@ def inputs(pack:Pack, rows:np.ndarray)->np.ndarray: # (n, channels, size, size) 
 
 # %% ../../nbs/compress/release.ipynb #c006
 def _judge_variant(run, pack, path, name, x, labels):
-    "Logits of an ONNX file on val and test, its temperature refitted and stored in it."
+    "Logits of an ONNX file on val and test, its calibration refitted and stored in it; and the scaling by class that its graph has now."
     logits = {s: onnx_logits(path, x[s]) for s in ('val', 'test')}
+    scaling, why = choose_scaling(logits['val'], labels['val'], rarest(run.manifest.dataset['priors']))
+    if scaling.method != 'temperature':
+        scale_logits(path, scaling)
+        logits = {s: scaling(z).astype(np.float32) for s, z in logits.items()}
     metrics, calibration, _ = judge_logits(logits, labels, dataset=pack.dataset_sha256)
     write_metadata(path, temperature=str(calibration['temperature']))
     save_logits(run.path(f'logits_{name}.npz'), pack, logits)
-    return logits, {f'{name}/{k}': m for k, m in metrics.items()}, calibration
+    return logits, {f'{name}/{k}': m for k, m in metrics.items()}, calibration | {'scaling': scaling.to_dict(), 'safeguards': why['reason']}
+
+def _as_file(calibration, logits):
+    "A model's logits as the file that was scaled with it gives them."
+    scaling = Scaling.from_dict(calibration['scaling'])
+    return logits if scaling.method == 'temperature' else scaling(logits)
 
 def _card(run, stands, variants, released, reason, pack):
     rows = '\n'.join(f'| {n} | {v["megabytes"]:.2f} | {v["accuracy"]:.4f} | {v["macro_f1"]:.4f} | {v["ece"]:.4f} | {v["temperature"]:.3f} | {v["p50_ms"]:.2f} | {v["p95_ms"]:.2f} |' for n, v in variants.items())
@@ -103,7 +113,7 @@ def compress_student(run:Run,         # run folder
     write_json(run.path('calibration.json'), {v: c for v, (_, _, c) in judged.items()})
     run.progress(4, 5, 'timing')
     times = compare(files, threads=threads)
-    torch_logits = predict_logits(model, Feeder(pack), pack.rows('test'), flip=mirror)
+    torch_logits = _as_file(judged['fp32'][2], predict_logits(model, Feeder(pack), pack.rows('test'), flip=mirror))
     evidence = int8_evidence(metrics['int8/val'], metrics['fp32/val'], times['int8']['p50_ms'], times['fp32']['p50_ms']) | parity_evidence(torch_logits, judged['fp32'][0]['test'], 'student.onnx against torch, test faces')
     return _decide(run, pack, stands, files, metrics, times, evaluate_gates(evidence, ('G-int8', 'G-parity')), model_size(model, spec))
 
