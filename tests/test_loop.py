@@ -293,7 +293,7 @@ def test_two_processes_do_what_one_does(data, tmp_path, settings):
 
 def test_two_processes_go_on_where_another_run_stopped(data, tmp_path):
     train = lambda name, epochs, **more: train_teacher(Run.create(tmp_path/name, 'teacher'), data, ModelConfig('resnet10t'), SPEC, TrainConfig(**BASE | {'epochs': epochs}), **more)[1]
-    first, both = train('a', 1), train('b', 2, processes=2, resume_from=str(tmp_path/'a'/'last.ckpt'))
+    first, both = train('a', 1), train('b', 2, processes=2, resume_from=str(tmp_path/'a'))
     written = Run(tmp_path/'b').manifest
     assert both[:1] == first and len(both) == 2
     assert {'data', 'resumed_from'} <= set(written.parents) and {'start', 'precision', 'processes'} <= set(written.reliability) # one process writes, or they would write over each other

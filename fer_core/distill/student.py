@@ -156,7 +156,7 @@ def train_student(run:Run,            # run folder
                   augment:Augment=Augment(), # of the ce phase; later phases use the soft labels' own
                   loss:dict|None=None, # any of `LOSS`
                   pretrained:str='none', # 'none', 'hub' or a weights file (first phase)
-                  resume_from:str='', # last.ckpt of another run to continue
+                  resume_from:str='', # another run to continue, or its last.ckpt
                   donor:str='',       # timm name of a larger network whose weights `pretrained` holds, to be inherited (first phase)
                   sampler:str='none', # rows of an epoch: 'none' = each once, or 'sqrt', 'balanced', 'effective'
                   mixup:float=0.,     # α of MixUp, 0 = off

@@ -128,7 +128,7 @@ def train_teacher(run:Run,             # run folder
                   margin_warmup:int=2, # epochs without margin
                   margin_ramp:int=3,   # epochs of its rise
                   flip:bool=True,      # validate and judge with the mirror image averaged in (stated in metrics.json)
-                  resume_from:str='',  # last.ckpt of another run to continue
+                  resume_from:str='',  # another run to continue, or its last.ckpt
                   sampler:str='none',  # rows of an epoch: 'none' = each once, or 'sqrt', 'balanced', 'effective'
                   mixup:float=0.,      # α of MixUp, 0 = off
                   cutmix:float=0.,     # α of CutMix, 0 = off

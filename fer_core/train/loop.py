@@ -225,13 +225,14 @@ def fit(run:Run,           # run folder that receives best.safetensors, config.j
         objective,         # f(net, x, y, rows, epoch) -> scalar loss
         cfg:TrainConfig,   # settings
         on_epoch=None,     # f(model, epoch), before an epoch: margin schedules and the like
-        resume_from=None,  # last.ckpt of another run to continue; this run's own is found by itself
+        resume_from=None,  # another run to continue, or its last.ckpt; this run's own is found by itself
         bound:tuple=(),    # what else this run's own last.ckpt must share, e.g. the sha256 of row weights
         show=None,         # f(history), after every epoch: live curves
         flip:bool=False    # validate with the mirror image averaged in, as the model will be judged
        )->list[dict]:      # history, an entry an epoch
     "Train to `cfg.epochs`, resuming where this run or `resume_from` stopped."
     fabric = make_fabric(choose_precision(cfg.precision, model.config.backbone, feed.device.type), feed.part[1])
+    if resume_from and Path(resume_from).is_dir(): resume_from = Path(resume_from)/'last.ckpt'
     also = ((feed.mix,) if feed.mix else ()) + (('flip',) if flip else ()) + tuple(bound)
     opt, key = make_optimizer(model, cfg), repr((asdict(cfg), asdict(model.config), feed.pack.dataset_sha256, *also))
     model.to(feed.device, memory_format=torch.channels_last)
