@@ -230,3 +230,12 @@ def test_the_status_page_says_why_a_gate_failed(tmp_path):
     page = (tmp_path/'status.html').read_text()
     assert done.exit_code == 0 and '2 runs' in page and 'unreadable' in page
     assert 'G-ensemble: calibration error 0.5, at most 0.06 asked' in page and 'macro-F1 over the best single teacher: missing' in page
+
+
+@pytest.mark.parametrize('text', ['a, b', 'a,b', '[a, b]', '["a", "b"]', "['a', 'b']"])
+def test_lists_as_people_type_them(text):
+    from fer_core.artifacts import FerError
+    from fer_core.runs.stage import resolve
+    assert resolve('ensemble', {'teachers': text})['teachers'] == ['a', 'b']
+    assert resolve('teacher', {'options': '[[pad_type, same]]'})['options'] == [['pad_type', 'same']]
+    with pytest.raises(FerError, match='is not a list'): resolve('ensemble', {'teachers': '[a, b'})

@@ -41,12 +41,19 @@ def parameters(stage:str # stage name
         found[node.target.id] = {'type': node.annotation.id, 'default': ast.literal_eval(node.value), 'help': comment}
     return found
 
+def _listed(text):
+    "A list as people type it: a,b or [a, b], lists inside it too."
+    if not text.lstrip().startswith('['): return [v.strip() for v in text.split(',') if v.strip()]
+    import yaml
+    try: return yaml.safe_load(text)
+    except yaml.YAMLError: return text
+
 def _read_value(name, text, kind):
     "A parameter's value from text or from a value of Python or YAML."
     if kind == 'str': return text if isinstance(text, str) else str(text)
     try: value = ast.literal_eval(text) if isinstance(text, str) else text
     except (ValueError, SyntaxError): value = {'true': True, 'false': False, 'yes': True, 'no': False}.get(str(text).lower(), text)
-    if kind == 'list' and isinstance(value, str): value = [v for v in value.split(',') if v]
+    if kind == 'list' and isinstance(value, str): value = _listed(value)
     if kind == 'list' and isinstance(value, tuple): value = list(value)
     if kind == 'float' and type(value) is int: value = float(value)
     if type(value) is not _TYPES[kind]: raise FerError('bad_parameter', f'parameter {name}={text!r} is not {"an" if kind == "int" else "a"} {kind}', f'pass {name} as {kind}')
