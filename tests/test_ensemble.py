@@ -525,3 +525,61 @@ def test_the_stage_runs_with_everything_asked_for(home, away, tmp_path):
     assert {'cross_dataset.json', 'softlabels-curate/softlabels.npz', 'softlabels.npz'} <= set(hashed) and not any('.view' in f or '.finished' in f for f in hashed)
     cells = read_json(run.path('ensemble.ipynb'))['cells']
     assert sum('image/png' in o.get('data', {}) for c in cells for o in c.get('outputs', ())) == 3
+
+
+# --- what the student's crop is taught by
+
+@pytest.fixture(scope='module')
+def lesson(home, stored, tmp_path_factory):
+    "An ensemble run with everything a student may ask for."
+    from fer_core.artifacts import parent
+    folder = tmp_path_factory.mktemp('lesson')/'ensemble'
+    run = Run.create(folder, 'ensemble')
+    run.record(parents={f'teacher_{k}': parent(t, 'best.safetensors') for k, t in enumerate(home[1])})
+    for name in FILES: shutil.copy(stored[0]/name, folder/name)
+    write_json(folder/'ensemble_metrics.json', {'fusion': fused(home[1]) | {'teachers': [t.name for t in home[1]], 'dataset_sha256': pack_of(home[0]).dataset_sha256}})
+    return folder
+
+
+def test_live_teachers_say_what_was_stored_of_the_same_views(home, lesson):
+    from fer_core.data.loader import Augment
+    from fer_core.teach.softlabels import LiveTeachers, read_softlabels
+    pack = pack_of(home[0])
+    soft, live, rows = read_softlabels(lesson, pack), LiveTeachers(lesson, home[0], 5, Augment()), pack.rows('train')[::3]
+    for view in (0, 1, 0):
+        said = live[view, rows]
+        assert (said - soft.views[view, rows]).abs().max() < 2e-2 < (said - soft.views[1 - view, rows]).abs().max()
+    assert (live[7, rows] - live[0, rows]).abs().max() > 2e-2 # a view that nobody stored
+
+
+@pytest.mark.parametrize('teaching', ['view', 'average', 'plain', 'live'])
+def test_a_student_is_taught_by_what_it_asks_for(home, lesson, tmp_path, monkeypatch, teaching):
+    from fer_core.data.loader import Augment
+    from fer_core.distill import student as S
+    from fer_core.models.backbones import ModelConfig
+    from fer_core.teach.softlabels import LiveTeachers, read_softlabels
+    from fer_core.train.loop import TrainConfig
+    heard, real = [], S.kd_loss
+    monkeypatch.setattr(S, 'kd_loss', lambda z, t, *more: heard.append(t) or real(z, t, *more))
+    asked, taught = [], S._taught
+    monkeypatch.setattr(S, '_taught', lambda y, soft, view, rows, *more: asked.append((view, rows)) or taught(y, soft, view, rows, *more))
+    pack, mine = pack_of(home[0]), Augment(rotate=40., erase=0.)
+    run = Run.create(tmp_path/'student', 'student')
+    S.train_student(run, home[0], 'kd', ModelConfig('resnet10t'), pack.spec, TrainConfig(epochs=3, batch_size=16, precision='32-true', seed=9), softlabels=lesson, augment=mine, teaching=teaching)
+    soft, live = read_softlabels(lesson, pack), LiveTeachers(lesson, home[0], 9, mine)
+    want = {'view': lambda v, r: soft.views[v, r], 'average': lambda v, r: soft.averaged[r], 'plain': lambda v, r: soft.plain[r], 'live': lambda v, r: live[v, r]}[teaching]
+    assert {v for v, _ in asked} == ({0, 1} if teaching == 'view' else {0, 1, 2}) # two stored views, or a new one every epoch
+    for (v, r), t in zip(asked, heard): assert (want(v, r) - t).abs().max() < 1e-5
+    entry = run.manifest.parents['softlabels']
+    assert (entry if isinstance(entry, dict) else entry.model_dump())['path'].endswith('ensemble_metrics.json' if teaching == 'live' else 'softlabels.npz')
+
+
+def test_teaching_that_cannot_be(home, away, lesson, tmp_path):
+    from fer_core.distill.student import train_student
+    from fer_core.models.backbones import ModelConfig
+    from fer_core.train.loop import TrainConfig
+    n = iter(range(9))
+    def train(data=home[0], **more): train_student(Run.create(tmp_path/f's{next(n)}', 'student'), data, 'kd', ModelConfig('resnet10t'), pack_of(home[0]).spec, TrainConfig(epochs=1), softlabels=lesson, **more)
+    refused(lambda: train(teaching='all'), 'bad_parameter', "teaching 'all'")
+    refused(lambda: train(teaching='live', loss={'hint': 1.}), 'bad_parameter', 'hint beside teaching=live')
+    refused(lambda: train(away, teaching='live'), 'softlabel_misaligned', 'was made on dataset')

@@ -60,6 +60,13 @@ class Feeder:
         s = self.pack.spec
         return x.to(torch.float32).mul_(1/(255*s.std)).sub_(s.mean/s.std)
 
+    def pictures(self, rows:np.ndarray, # row numbers
+                 views=None             # what `draw_views` drew for all rows; None = plain
+                )->torch.Tensor:        # (n, channels, side, side) float32, on the device
+        "The pictures of some rows in a view."
+        x = self._gather(rows)
+        return x if views is None else augment_batch(x, torch.from_numpy(views[rows]).to(self.device), self.augment)
+
     def _part(self, x, y, r):
         "What of a whole batch is this process's."
         k, n = self.part
@@ -67,8 +74,7 @@ class Feeder:
 
     def _batch(self, r, views, mixing, whole=True): # r: row numbers; views, mixing: random numbers of every row, or None
         if not whole and mixing is None: r = r[self.part[0]::self.part[1]]
-        x, y = self._gather(r), self.labels[r].to(self.device)
-        if views is not None: x = augment_batch(x, torch.from_numpy(views[r]).to(self.device), self.augment)
+        x, y = self.pictures(r, views), self.labels[r].to(self.device)
         if mixing is not None:
             x, share = mix_pictures(x, mixing[r], self.mix)
             y = Mixed(y, y.flip(0), share)

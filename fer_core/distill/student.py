@@ -4,7 +4,7 @@
 
 # %% ../../nbs/distill/student.ipynb #c002
 from __future__ import annotations
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 import torch
 from ..artifacts import FerError, Run, parent, parent_folder, read_json
@@ -15,7 +15,7 @@ from .dkd import dkd_loss, dkd_warmup
 from .kd import kd_loss, mixed_teacher
 from ..evaluate.gates import phase_adopted, rarest
 from ..models.backbones import ModelConfig, fit_input, load_model, model_size, with_projector
-from ..teach.softlabels import SoftLabels, read_softlabels
+from ..teach.softlabels import LiveTeachers, SoftLabels, read_softlabels
 from ..teach.teacher import device, match_data, open_data, row_weights, start_model
 from ..train.judge import judge_model
 from ..train.objective import LabelLoss, label_objective
@@ -23,8 +23,8 @@ from ..train.loop import TrainConfig, choose_precision, fit
 from ..train.losses import ce_loss, weigh
 
 # %% auto #0
-__all__ = ['PHASES', 'OF_THE_MODEL', 'LOSS', 'hint_loss', 'kd_objective', 'dkd_objective', 'adopted_run', 'started_from',
-           'adoption', 'train_student']
+__all__ = ['PHASES', 'TEACHING', 'OF_THE_MODEL', 'LOSS', 'hint_loss', 'kd_objective', 'dkd_objective', 'adopted_run',
+           'started_from', 'adoption', 'train_student']
 
 # %% ../../nbs/distill/student.ipynb #c004
 def hint_loss(h:torch.Tensor, # (n, width) the projector's guess
@@ -106,6 +106,7 @@ def adoption(run:Run, # this phase's run
 
 # %% ../../nbs/distill/student.ipynb #c009
 PHASES = ('ce', 'kd', 'dkd')
+TEACHING = ('view', 'average', 'plain', 'live') # what the student's crop is compared with: stored logits of that crop, the mean of several, those of the plain picture, or the teacher's on the crop
 OF_THE_MODEL = ('backbone', 'head', 'output_stride', 'stem_stride', 'attention', 'options', 'dropout', 'weights_mean', 'weights_std') # parameters that a later phase takes from its model
 LOSS = {'smoothing': .1, 'class_power': 0., 'class_beta': 0., 'gamma': 0., 'tau': 0., 'contrast': 0., 'contrast_T': .1, # of labels
         'T': 2., 'alpha': .5, 'dkd_alpha': 1., 'dkd_beta': 4., 'dkd_warmup': 5, 'hint': 0.} # of distillation
@@ -123,10 +124,29 @@ def _check(phase, softlabels, p, mix):
     of_ce = [k for k in ('gamma', 'tau', 'contrast') if p[k]]
     if of_ce: raise FerError('bad_parameter', f'{of_ce[0]}={p[of_ce[0]]:g} in phase {phase}: it belongs to the ce phase', f'pass {of_ce[0]}=0; smoothing, class_power and class_beta weight the hard part of {phase}')
 
-def _soft_labels(folder, pack, hints):
-    soft = read_softlabels(folder, pack, hints)
-    if not len(soft.views): raise FerError('bad_parameter', f'{folder} holds no augmented views', 'run the ensemble stage with views=8')
-    return soft
+class _OfRow:
+    "One answer a row, whatever the view."
+    def __init__(self, logits): self.logits = logits
+    def __getitem__(self, at): return self.logits[at[1]]
+
+def _live(folder, data, pack, cfg, augment, hints):
+    if hints: raise FerError('bad_parameter', 'a hint beside teaching=live: embeddings are stored with views only', 'pass hint=0, or teaching=view')
+    of = read_json(Path(folder)/'ensemble_metrics.json')['fusion']['dataset_sha256']
+    if of != pack.dataset_sha256: raise FerError('softlabel_misaligned', f'{folder} was made on dataset {of[:12]}, {data} is {pack.dataset_sha256[:12]}', 'use an ensemble of this curated data: another may have learned from its test')
+    return SoftLabels(LiveTeachers(folder, data, cfg.seed, augment, device()), None, cfg.seed, augment, {})
+
+def _soft_labels(teaching, folder, data, pack, cfg, augment, hints):
+    "What the teacher says, and the seed, augmentation and number of the student's views."
+    if teaching not in TEACHING: raise FerError('bad_parameter', f'teaching {teaching!r} is none of {", ".join(TEACHING)}')
+    if teaching == 'live': return _live(folder, data, pack, cfg, augment, hints), (cfg.seed, augment, 0)
+    soft = read_softlabels(folder, pack, hints and teaching == 'view')
+    if teaching == 'view':
+        if not len(soft.views): raise FerError('bad_parameter', f'{folder} holds no augmented views', 'run the ensemble stage with views=8')
+        return soft, (soft.seed, soft.augment, len(soft.views))
+    said = soft.plain if teaching == 'plain' else soft.averaged
+    if said is None: raise FerError('bad_parameter', f'{folder} holds no averaged crops', 'run the ensemble stage with average=8')
+    if hints: raise FerError('bad_parameter', f'a hint beside teaching={teaching}: embeddings are stored with views only', 'pass hint=0, or teaching=view')
+    return replace(soft, views=_OfRow(said)), (cfg.seed, augment, 0)
 
 def _standing_model(run, before, spec):
     "The model that stands, for a later phase to go on from, and a report of it."
@@ -153,7 +173,7 @@ def train_student(run:Run,            # run folder
                   cfg:TrainConfig,    # training settings
                   before='',          # run folder of the phase before (kd, dkd); '' = from scratch
                   softlabels='',      # ensemble run folder (kd, dkd)
-                  augment:Augment=Augment(), # of the ce phase; later phases use the soft labels' own
+                  augment:Augment=Augment(), # of the ce phase, and of later ones unless teaching='view', where it is the soft labels' own
                   loss:dict|None=None, # any of `LOSS`
                   pretrained:str='none', # 'none', 'hub' or a weights file (first phase)
                   resume_from:str='', # another run to continue, or its last.ckpt
@@ -162,24 +182,24 @@ def train_student(run:Run,            # run folder
                   mixup:float=0.,     # α of MixUp, 0 = off
                   cutmix:float=0.,    # α of CutMix, 0 = off
                   sample_weights:str='', # CSV with id, label, weight of training rows; '' = none
-                  show=None           # f(history), after every epoch
+                  show=None,          # f(history), after every epoch
+                  teaching:str='view' # one of `TEACHING` (kd, dkd)
                  )->tuple[dict, list]: # metrics by set, history
     "Train one phase, judge it, decide on its adoption."
     p, distils = LOSS | (loss or {}), phase != 'ce'
     sampler, mix = make_sampler(sampler), make_mix(mixup, cutmix)
     _check(phase, softlabels, p, mix)
     pack = open_data(run, data, spec)
-    soft = _soft_labels(softlabels, pack, bool(p['hint'])) if distils else None
+    soft, view = _soft_labels(teaching, softlabels, data, pack, cfg, augment, bool(p['hint'])) if distils else (None, (cfg.seed, augment))
     of_rows, bound = row_weights(run, sample_weights, pack)
-    view = (soft.seed, soft.augment, len(soft.views)) if distils else (cfg.seed, augment)
     feed = Feeder(pack, device(), *view, sampler=sampler, mix=mix)
     if distils and before: model, report = _standing_model(run, before, spec)
     else: model, report = start_model(match_data(fit_input(config, spec.size), spec, pretrained), feed, pretrained, cfg.seed, donor)
-    if distils: run.record(parents={'softlabels': parent(softlabels, 'softlabels.npz')})
+    if distils: run.record(parents={'softlabels': parent(softlabels, 'ensemble_metrics.json' if teaching == 'live' else 'softlabels.npz')})
     if p['hint'] and distils and model.config.hint != soft.hints.shape[-1]: model = with_projector(model, soft.hints.shape[-1], cfg.seed)
     precision = choose_precision(cfg.precision, model.config.backbone, device())
     run.record(seeds={'train': cfg.seed}, compression=model_size(model, spec), reliability={'start': report, 'precision': precision, **({'mixing': asdict(mix)} if mix else {})})
-    history = fit(run, model, feed, _phase_objective(phase, soft, feed, p, of_rows), cfg, resume_from=resume_from or None, bound=bound, show=show)
+    history = fit(run, model, feed, _phase_objective(phase, soft, feed, p, of_rows), cfg, resume_from=resume_from or None, bound=bound + ((f'teaching {teaching}',) if distils and teaching != 'view' else ()), show=show)
     best, _, _ = load_model(run.folder)
     metrics = judge_model(run, best.to(device()), feed, f'student_{phase}')
     if distils: run.record(reliability={'adoption': adoption(run, phase, metrics, before)})

@@ -32,7 +32,7 @@ SEEDS = ('seed', 'view_seed')  # parameters that are seeds
 def _unread(given):
     "Parameters that are no setting of a run: where it lies, a calibration that a compress run makes anew, what its phase does not read."
     phase, no = given.get('phase'), {'run_dir', 'calibration'}
-    no |= set(UNUSED.get(phase, ()))
+    no |= set(UNUSED.get(phase, ())) - ({'erase'} if given.get('teaching', 'view') != 'view' else set())
     return no if phase in (None, 'ce') else no | set(OF_THE_MODEL) if given.get('before') else no - set(OF_THE_MODEL) # a later phase trains the model of the one before
 
 def _named_run(value, folder, parents):

@@ -103,7 +103,7 @@ def _public(self, row):
 
 # %% ../../nbs/runs/pipeline.ipynb #c010
 _KD, _DKD = ('T', 'alpha', 'hint'), ('dkd_alpha', 'dkd_beta', 'dkd_warmup')
-UNUSED = {'ce': (*_KD, *_DKD), 'kd': (*_DKD, 'erase'), 'dkd': ('alpha', 'erase')} # phase -> parameters that it does not read
+UNUSED = {'ce': (*_KD, *_DKD, 'teaching'), 'kd': (*_DKD, 'erase'), 'dkd': ('alpha', 'erase')} # phase -> parameters that it does not read
 
 @patch_to(Pipeline)
 def gates(self)->pd.DataFrame:

@@ -11,17 +11,17 @@ import numpy as np, torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from torch import nn
-from ..artifacts import FerError, Run, atomic_path, read_json, sha256_bytes, sha256_file, write_json, write_text
-from ..data.loader import Augment, Feeder, Pack, open_pack
+from ..artifacts import FerError, Run, atomic_path, parent_folder, read_json, sha256_bytes, sha256_file, write_json, write_text
+from ..data.loader import Augment, Feeder, Pack, draw_views, open_pack
 from ..data.preprocess import Preprocess
 from ..evaluate.metrics import evaluate
 from ..labels import CLASSES
 from ..models.backbones import load_model
 from .ensemble import fuse, mirrored
-from ..train.loop import choose_precision, predict_logits
+from ..train.loop import choose_precision, make_fabric, predict_logits
 
 # %% auto #0
-__all__ = ['hint_basis', 'export_softlabels', 'SoftLabels', 'read_softlabels']
+__all__ = ['hint_basis', 'export_softlabels', 'LiveTeachers', 'SoftLabels', 'read_softlabels']
 
 # %% ../../nbs/teach/softlabels.ipynb #c004
 class _Hinting(nn.Module):
@@ -172,6 +172,35 @@ def export_softlabels(run:Run,        # ensemble run folder
     members.clear()
     return report
 
+# %% ../../nbs/teach/softlabels.ipynb #c004i
+class LiveTeachers:
+    "An ensemble that is asked about views when they are needed."
+    def __init__(self, folder,          # ensemble run folder
+                 data,                  # curated data folder
+                 seed:int=0,            # of the student's views
+                 augment:Augment=Augment(), # of the student's views
+                 device:str='cpu'):
+        fusion = read_json(Path(folder)/'ensemble_metrics.json')['fusion']
+        self.members = _Members(folder, data, [parent_folder(folder, f'teacher_{k}') for k in range(len(fusion['teachers']))], fusion, seed, device)
+        self.feeds = [self.members.feed(k, augment) for k in range(len(self.members.teachers))]
+        self.models = [load_model(t)[0].to(device).eval() for t in self.members.teachers]
+        self.fabrics, self.drawn = [make_fabric(p) for p in self.members.precisions], (None, None)
+
+    def _views(self, view):
+        if self.drawn[0] != view: self.drawn = view, draw_views(len(self.members.pack), self.members.seed, view)
+        return self.drawn[1]
+
+    @torch.no_grad()
+    def __getitem__(self, at:tuple # (view, row numbers)
+                   )->torch.Tensor: # (n, 7) float32: fused logits over the ensemble's temperature
+        "What the ensemble says of rows in a view."
+        view, rows = at
+        parts = []
+        for model, feed, fabric in zip(self.models, self.feeds, self.fabrics):
+            x = feed.pictures(np.asarray(rows), self._views(view))
+            with fabric.autocast(): parts.append(model(x).float().cpu().numpy())
+        return torch.from_numpy(fuse(parts, self.members.temperatures, self.members.weights, self.members.how)/self.members.T)
+
 # %% ../../nbs/teach/softlabels.ipynb #c006
 def _row_hash(table): return sha256_bytes('\n'.join(f'{i} {h}' for i, h in zip(table['id'], table['sha256'])).encode())
 
@@ -199,7 +228,7 @@ def _finished(out, asked):
 @dataclass
 class SoftLabels:
     "Teacher logits aligned with a pack."
-    views: torch.Tensor  # (views, n, 7) float32; rows outside the training split are not a number
+    views: torch.Tensor  # (views, n, 7) float32, rows outside the training split are not a number; or what answers [view, rows]
     plain: torch.Tensor  # (n, 7) float32, no augmentation
     seed: int            # seed of the views
     augment: Augment     # their augmentation
