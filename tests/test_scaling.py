@@ -225,7 +225,7 @@ def test_tables_say_what_was_promised_and_kept():
     (z, y), (z2, y2) = posterior(900), posterior(2000, 1)
     table, figures = sets_table(softmax(z), y, softmax(z2), y2)
     assert table.shape[0] == 9 and table.loc[('lac', .9), 'held'] == figures['lac 0.9']['coverage'] > .86
-    rare = np.concatenate([np.flatnonzero(y != 1)[:29], np.flatnonzero(y == 1)[:1]])
+    rare = np.concatenate([np.flatnonzero(y != 1)[:39], np.flatnonzero(y == 1)[:1]])
     few, _ = sets_table(softmax(z[rare]), y[rare], softmax(z2), y2)
     assert {*few.index} == {('lac', .8), ('aps', .8)}
     with pytest.raises(FerError, match='only 1'): prediction_sets(softmax(z[rare]), y[rare], softmax(z2), .8, 'raps')
@@ -233,3 +233,14 @@ def test_tables_say_what_was_promised_and_kept():
     assert set_figures(prediction_sets(softmax(z[none]), y[none], softmax(z2), .8, 'aps'), y2)['per_class']['disgust']['n'] > 20 # a class that validation never showed
     told = risk_table(softmax(z), y, softmax(z2), y2, (.001, .4))
     assert told.loc[.001, 'threshold'] == 'none' == told.loc[.001, 'error on test'] and 0 < told.loc[.4, 'error on test'] < .4
+
+
+@pytest.mark.parametrize('score', SCORES)
+@pytest.mark.parametrize('coverage', [.8, .9, .95])
+def test_as_few_faces_as_a_promise_needs(score, coverage):
+    from fer_core.evaluate.conformal import _least
+    z, y = posterior(4000)
+    y[:] = np.arange(len(y)) % 3 # every class often enough to be parted
+    n = _least(score, coverage)
+    assert prediction_sets(softmax(z[:n]), y[:n], softmax(z[n:]), coverage, score).shape == (4000 - n, 7)
+    with pytest.raises(FerError, match='cannot promise'): prediction_sets(softmax(z[:n - 1]), y[:n - 1], softmax(z[n:]), coverage, score)

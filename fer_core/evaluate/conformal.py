@@ -29,6 +29,10 @@ def _given(n_classes):
         def predict(self, X): return np.asarray(X).argmax(1)
     return Given().fit(None, None)
 
+def _least(score, coverage):
+    "Validation faces that a promise needs; raps keeps a fifth of them for its price, and that fifth needs as many."
+    return int(np.ceil(1/(1 - coverage) - 1e-9)) if score != 'raps' else 5*int(np.ceil(1/(1 - coverage) - 1e-9)) + 6
+
 def prediction_sets(fit_probs, # (n, C) probabilities of validation
                     labels,    # (n,) class ids
                     probs,     # (m, C) probabilities to answer with sets
@@ -40,10 +44,9 @@ def prediction_sets(fit_probs, # (n, C) probabilities of validation
     from mapie.classification import SplitConformalClassifier
     if score not in SCORES: raise FerError('bad_parameter', f'conformal score {score!r} is none of {", ".join(SCORES)}')
     p, labels = check_scores(fit_probs, labels)
-    least = int(np.ceil(1/(1 - coverage))) if 0 < coverage < 1 else 0
-    if not least: raise FerError('bad_parameter', f'coverage {coverage} is no share', 'give a number between 0 and 1')
-    if len(labels) < least: raise FerError('bad_parameter', f'{len(labels)} validation faces cannot promise a coverage of {coverage:g}', f'give {least} or more')
-    if score == 'raps' and (least := np.bincount(labels)[np.unique(labels)].min()) < 2: raise FerError('bad_parameter', f'raps parts the validation faces of every class, and one has only {least}', 'take aps, or more faces')
+    if not 0 < coverage < 1: raise FerError('bad_parameter', f'coverage {coverage} is no share', 'give a number between 0 and 1')
+    if len(labels) < (least := _least(score, coverage)): raise FerError('bad_parameter', f'{len(labels)} validation faces cannot promise a coverage of {coverage:g} by {score}', f'give {least} or more')
+    if score == 'raps' and (fewest := np.unique(labels, return_counts=True)[1].min()) < 2: raise FerError('bad_parameter', f'raps parts the validation faces of every class, and one has only {fewest}', 'take aps, or more faces')
     model = SplitConformalClassifier(_given(p.shape[1]), coverage, score, prefit=True, random_state=seed).conformalize(_sums_to_one(p), labels)
     return model.predict_set(_sums_to_one(probs))[1][:, :, 0]
 
@@ -71,9 +74,9 @@ def sets_table(fit_probs, # (n, C) probabilities of validation
               )->tuple:   # DataFrame, a row a score and level; {'score level': set_figures}
     "What was promised and what was kept, by every score."
     import pandas as pd
-    levels = [c for c in levels if len(fit_labels) >= 5/(1 - c)] # fewer faces than this promise next to nothing
     scores = SCORES if np.unique(fit_labels, return_counts=True)[1].min() > 1 else SCORES[:2] # raps parts every class
-    told = {(s, c): set_figures(prediction_sets(fit_probs, fit_labels, probs, c, s, seed), labels) for s in scores for c in levels}
+    asked = [(s, c) for s in scores for c in levels if len(fit_labels) >= max(5/(1 - c), _least(s, c))] # fewer faces promise next to nothing
+    told = {(s, c): set_figures(prediction_sets(fit_probs, fit_labels, probs, c, s, seed), labels) for s, c in asked}
     rows = [{'score': s, 'promised': c, 'held': f['coverage'], 'low': f['ci'][0], 'high': f['ci'][1], 'labels a set': f['size'], 'one label': f['singletons'], 'none': f['empty'], **{f'held, {k}': v['coverage'] for k, v in f['per_class'].items()}} for (s, c), f in told.items()]
     return pd.DataFrame(rows, columns=None if rows else ['score', 'promised']).set_index(['score', 'promised']), {f'{s} {c:g}': f for (s, c), f in told.items()}
 
