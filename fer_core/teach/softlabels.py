@@ -197,7 +197,7 @@ class LiveTeachers:
         view, rows = at
         parts = []
         for model, feed, fabric in zip(self.models, self.feeds, self.fabrics):
-            x = feed.pictures(np.asarray(rows), self._views(view))
+            x = feed.pictures(np.asarray(rows), self._views(view)).contiguous(memory_format=torch.channels_last) # as in training
             with fabric.autocast(): parts.append(model(x).float().cpu().numpy())
         return torch.from_numpy(fuse(parts, self.members.temperatures, self.members.weights, self.members.how)/self.members.T)
 
