@@ -17,7 +17,8 @@ from fer_core.data.preprocess import Preprocess
 from fer_core.data.synthetic import write_discs
 from fer_core.distill.dkd import dkd_loss, dkd_terms
 from fer_core.distill.kd import kd_loss, mixed_teacher
-from fer_core.distill.student import dkd_objective, kd_objective, train_student
+from fer_core.distill.objective import dkd_objective, kd_objective
+from fer_core.distill.student import train_student
 from fer_core.models.backbones import Classifier, ModelConfig
 from fer_core.teach.teacher import margin_schedule, train_teacher
 from fer_core.train.objective import LabelLoss, label_objective, training_logits

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..artifacts import FerError
 
 # %% auto #0
-__all__ = ['gram_error', 'tokens', 'merge_tokens', 'manifold_terms', 'manifold_loss']
+__all__ = ['gram_error', 'tokens', 'merge_tokens', 'manifold_terms', 'manifold_loss', 'pair_tokens', 'stages_loss']
 
 # %% ../../nbs/distill/manifold.ipynb #c004
 def gram_error(student:Tensor, # (..., n, d) rows of length 1
@@ -61,3 +61,23 @@ def manifold_loss(student_tokens:Tensor, # (B, P, D)
     "Weighted sum of the three relation errors."
     e = manifold_terms(student_tokens, teacher_tokens, k, generator)
     return w_sample*e['sample'] + w_patch*e['patch'] + w_random*e['random']
+
+# %% ../../nbs/distill/manifold.ipynb #c012t
+def pair_tokens(student:Tensor, # (B, P, D) tokens
+                teacher:Tensor  # (B, Q, E) tokens
+               )->tuple[Tensor, Tensor]: # as many tokens each
+    "Two stages with equal token counts, the finer one merged."
+    (few, many) = sorted((student.shape[1], teacher.shape[1]))
+    times = round((many/few)**.5)
+    if few*times**2 != many: raise FerError('bad_parameter', f'a stage of {student.shape[1]} tokens beside one of {teacher.shape[1]}: no square neighbourhoods make them equal', 'take two networks of one input size and patch size')
+    merged = lambda x: merge_tokens(x, times) if x.shape[1] == many > few else x
+    return merged(student), merged(teacher)
+
+def stages_loss(student:list[Tensor], # tokens of each stage, (B, P, D)
+                teacher:list[Tensor], # tokens of each stage, taken as constant
+                generator:torch.Generator|None=None # of the draws; None = PyTorch's own, which the loop seeds every epoch
+               )->Tensor:             # scalar
+    "Mean manifold loss over stages, paired from the deepest."
+    pairs = [pair_tokens(s, t) for s, t in zip(reversed(student), reversed(teacher))]
+    if not pairs: raise FerError('bad_parameter', 'no stages to pair', 'both networks have to tell the tokens of their stages')
+    return sum(manifold_loss(s, t, generator=generator) for s, t in pairs)/len(pairs)

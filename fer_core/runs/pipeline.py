@@ -102,8 +102,9 @@ def _public(self, row):
                    'ece_before': row['ece_raw'], 'ece_after': row['ece']}
 
 # %% ../../nbs/runs/pipeline.ipynb #c010
-_KD, _DKD = ('T', 'alpha', 'hint'), ('dkd_alpha', 'dkd_beta', 'dkd_warmup')
-UNUSED = {'ce': (*_KD, *_DKD, 'teaching'), 'kd': (*_DKD, 'erase'), 'dkd': ('alpha', 'erase')} # phase -> parameters that it does not read
+_SOFT, _INSIDE, _DKD = ('T', 'alpha', 'trust'), ('hint', 'manifold', 'teaching'), ('dkd_alpha', 'dkd_beta', 'dkd_warmup')
+UNUSED = {'ce': (*_SOFT, *_INSIDE, *_DKD, 'sure', 'peer'), 'kd': (*_DKD, 'erase', 'sure', 'peer'), 'dkd': ('alpha', 'erase', 'sure', 'peer'), 'ban': (*_INSIDE, *_DKD, 'sure', 'peer'),
+          'dml': (*_INSIDE, *_DKD, 'trust', 'sure'), 'nl': (*_SOFT, *_INSIDE, *_DKD, 'peer')} # phase -> parameters that it does not read
 
 @patch_to(Pipeline)
 def gates(self)->pd.DataFrame:

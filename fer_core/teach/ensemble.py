@@ -20,23 +20,30 @@ from ..train.judge import read_logits
 from ..train.loop import predict_logits
 
 # %% auto #0
-__all__ = ['FUSIONS', 'PRICE', 'LEVEL', 'fuse', 'simplex', 'pareto', 'draw_rows', 'score_vectors', 'search_weights',
+__all__ = ['FUSIONS', 'PRICE', 'LEVEL', 'sureness', 'fuse', 'simplex', 'pareto', 'draw_rows', 'score_vectors', 'search_weights',
            'read_members', 'fuse_teachers', 'diversity', 'diversity_matrix', 'mirrored', 'rows_elsewhere',
            'evaluate_elsewhere']
 
 # %% ../../nbs/teach/ensemble.ipynb #c004
-FUSIONS = ('logits', 'probs')
+FUSIONS = ('logits', 'probs', 'sure')
+
+def sureness(log_p:np.ndarray # (n, 7) log-probabilities
+            )->np.ndarray:     # (n,) 1 for a certain answer, 0 for an even one
+    "One minus the entropy, in shares of the largest."
+    return 1 + (np.exp(log_p)*log_p).sum(1)/np.log(log_p.shape[1])
 
 def fuse(logits:list[np.ndarray], # members' (n, 7)
          temperatures,            # (k,) members' temperatures
          weights,                 # (k,) non-negative, sum 1
-         how:str='logits'         # 'logits' or 'probs'
+         how:str='logits'         # 'logits', 'probs', or 'sure' = probabilities weighted by each member's sureness of the face
         )->np.ndarray:            # (n, 7) float32: fused logits, or logs of fused probabilities
     "Members pooled, each at its own temperature."
-    if how not in FUSIONS: raise FerError('bad_parameter', f'fusion {how!r} is none of {", ".join(FUSIONS)}', "pass fusion='logits', 'probs' or 'auto'")
+    if how not in FUSIONS: raise FerError('bad_parameter', f'fusion {how!r} is none of {", ".join(FUSIONS)}', "pass fusion='logits', 'probs', 'sure' or 'auto'")
     asked = [(w, z, T) for w, z, T in zip(weights, logits, temperatures) if w]
     if how == 'logits': return sum(w*z/T for w, z, T in asked).astype(np.float32)
-    return logsumexp([np.log(w) + log_softmax(np.asarray(z, np.float64)/T, 1) for w, z, T in asked], 0).astype(np.float32)
+    said = [log_softmax(np.asarray(z, np.float64)/T, 1) for _, z, T in asked]
+    shares = [np.log(w) + (np.log(np.maximum(sureness(s), 1e-9))[:, None] if how == 'sure' else 0.) for (w, _, _), s in zip(asked, said)]
+    return (logsumexp([a + s for a, s in zip(shares, said)], 0) - (logsumexp(shares, 0) if how == 'sure' else 0.)).astype(np.float32)
 
 # %% ../../nbs/teach/ensemble.ipynb #c005b
 def simplex(k:int,       # members
@@ -65,13 +72,14 @@ def _grid(k, step, most=5005):
 def _members(logits, temperatures, how):
     "(k, 7, n) what is averaged: calibrated logits or probabilities."
     z = np.stack([np.asarray(z, np.float64).T/T for z, T in zip(logits, temperatures)])
-    z = z - z.max(1, keepdims=True) if how == 'logits' else np.exp(log_softmax(z, 1))
-    return z.astype(np.float32)
+    if how == 'logits': return (z - z.max(1, keepdims=True)).astype(np.float32)
+    log_p = log_softmax(z, 1)
+    return (np.exp(log_p)*(sureness(log_p.swapaxes(1, 2).reshape(-1, N_CLASSES)).reshape(len(z), 1, -1) if how == 'sure' else 1.)).astype(np.float32)
 
 def _fused(weights, members, how):
     "(m, 7, n) fused logits of m weight vectors, the largest of a face at zero."
     z = (weights.astype(np.float32) @ members.reshape(len(members), -1)).reshape(len(weights), N_CLASSES, -1)
-    if how == 'probs': z = np.log(np.maximum(z, 1e-30))
+    if how != 'logits': z = np.log(np.maximum(z, 1e-30))
     return z - z.max(1, keepdims=True)
 
 def _own_temperatures(z, labels):
@@ -160,13 +168,13 @@ def search_weights(logits:list[np.ndarray], # members' validation logits
                    temperatures,            # their temperatures
                    labels:np.ndarray,       # (n,) class ids
                    step:float=.1,           # grid step; coarser with more than six members
-                   how:str='logits',        # 'logits', 'probs', or 'auto' = what validation says
+                   how:str='logits',        # 'logits', 'probs', 'sure', or 'auto' = what validation says of the first two
                    resamples:int=200,       # bootstrap resamples of the validation rows
                    seed:int=0               # of the resamples
                   )->dict:                  # weights, method, reason, fusion, search: front and points with their figures
     "Weights bagged over the optima of bootstrap resamples, or uniform, with the reason."
     if how != 'auto': return _search(logits, temperatures, labels, step, how, resamples, seed)[0]
-    (a, of_a), (b, of_b) = (_search(logits, temperatures, labels, step, h, resamples, seed) for h in FUSIONS)
+    (a, of_a), (b, of_b) = (_search(logits, temperatures, labels, step, h, resamples, seed) for h in ('logits', 'probs'))
     gain = _gain(of_b, of_a)
     chosen, other = (b, a) if gain[1] > 0 else (a, b)
     why = f'probabilities against logits, each with its bagged weights: {_say(gain)} of macro-F1 − {PRICE:g}·ECE on validation' + ('' if chosen is b else ': no clear gain, logits stay')
@@ -201,12 +209,12 @@ def read_members(teachers, # teacher run folders
     return [z['val'] for z, _ in read], [z['test'] for z, _ in read], temperatures, read[0][1], dataset
 
 def fuse_teachers(teachers,          # teacher run folders
-                  how:str='logits',  # 'logits', 'probs' or 'auto'
+                  how:str='logits',  # 'logits', 'probs', 'sure' or 'auto'
                   resamples:int=200, # bootstrap resamples of the validation rows
                   seed:int=0         # of the resamples
                  )->tuple[dict, dict]: # fused logits by split, the fusion: weights, temperatures, reason
     "Fuse teachers with weights found on validation."
-    if how not in (*FUSIONS, 'auto'): raise FerError('bad_parameter', f'fusion {how!r} is none of {", ".join(FUSIONS)}, auto', "pass fusion='logits', 'probs' or 'auto'")
+    if how not in (*FUSIONS, 'auto'): raise FerError('bad_parameter', f'fusion {how!r} is none of {", ".join(FUSIONS)}, auto', "pass fusion='logits', 'probs', 'sure' or 'auto'")
     val, test, temperatures, labels, dataset = read_members(teachers)
     fusion = search_weights(val, temperatures, labels['val'], how=how, resamples=resamples, seed=seed) | {'temperatures': temperatures, 'teachers': [Path(t).name for t in teachers], 'dataset_sha256': dataset}
     return {s: fuse(z, temperatures, fusion['weights'], fusion['fusion']) for s, z in (('val', val), ('test', test))}, fusion

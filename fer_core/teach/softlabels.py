@@ -21,7 +21,7 @@ from .ensemble import fuse, mirrored
 from ..train.loop import choose_precision, make_fabric, predict_logits
 
 # %% auto #0
-__all__ = ['hint_basis', 'export_softlabels', 'LiveTeachers', 'SoftLabels', 'read_softlabels']
+__all__ = ['hint_basis', 'export_softlabels', 'fusion_of', 'LiveTeachers', 'SoftLabels', 'read_softlabels']
 
 # %% ../../nbs/teach/softlabels.ipynb #c004
 class _Hinting(nn.Module):
@@ -173,15 +173,24 @@ def export_softlabels(run:Run,        # ensemble run folder
     return report
 
 # %% ../../nbs/teach/softlabels.ipynb #c004i
+def fusion_of(folder # ensemble run folder, or the run folder of one model
+             )->tuple[dict, list[Path]]: # weights, temperatures, dataset; members' run folders
+    "Who answers when a run is asked, and how the answers are pooled."
+    folder = Path(folder)
+    if not (folder/'config.json').is_file():
+        fusion = read_json(folder/'ensemble_metrics.json')['fusion']
+        return fusion, [parent_folder(folder, f'teacher_{k}') for k in range(len(fusion['teachers']))]
+    return {'weights': [1.], 'temperatures': [1.], 'temperature': 1., 'fusion': 'logits', 'teachers': [folder.name], 'dataset_sha256': read_json(folder/'run.json')['dataset'].get('sha256', '')}, [folder]
+
 class LiveTeachers:
-    "An ensemble that is asked about views when they are needed."
-    def __init__(self, folder,          # ensemble run folder
+    "An ensemble, or one model, that is asked about views when they are needed."
+    def __init__(self, folder,          # ensemble run folder, or the run folder of one model
                  data,                  # curated data folder
                  seed:int=0,            # of the student's views
                  augment:Augment=Augment(), # of the student's views
                  device:str='cpu'):
-        fusion = read_json(Path(folder)/'ensemble_metrics.json')['fusion']
-        self.members = _Members(folder, data, [parent_folder(folder, f'teacher_{k}') for k in range(len(fusion['teachers']))], fusion, seed, device)
+        fusion, teachers = fusion_of(folder)
+        self.members = _Members(folder, data, teachers, fusion, seed, device)
         self.feeds = [self.members.feed(k, augment) for k in range(len(self.members.teachers))]
         self.models = [load_model(t)[0].to(device).eval() for t in self.members.teachers]
         self.fabrics, self.drawn = [make_fabric(p) for p in self.members.precisions], (None, None)
@@ -190,16 +199,27 @@ class LiveTeachers:
         if self.drawn[0] != view: self.drawn = view, draw_views(len(self.members.pack), self.members.seed, view)
         return self.drawn[1]
 
+    def _asked(self, view, rows, ask):
+        for model, feed, fabric in zip(self.models, self.feeds, self.fabrics):
+            x = feed.pictures(np.asarray(rows), self._views(view)).contiguous(memory_format=torch.channels_last) # as in training
+            with fabric.autocast(): said = ask(model, x)
+            yield said
+
     @torch.no_grad()
     def __getitem__(self, at:tuple # (view, row numbers)
                    )->torch.Tensor: # (n, 7) float32: fused logits over the ensemble's temperature
         "What the ensemble says of rows in a view."
-        view, rows = at
-        parts = []
-        for model, feed, fabric in zip(self.models, self.feeds, self.fabrics):
-            x = feed.pictures(np.asarray(rows), self._views(view)).contiguous(memory_format=torch.channels_last) # as in training
-            with fabric.autocast(): parts.append(model(x).float().cpu().numpy())
+        parts = [z.float().cpu().numpy() for z in self._asked(*at, lambda model, x: model(x))]
         return torch.from_numpy(fuse(parts, self.members.temperatures, self.members.weights, self.members.how)/self.members.T)
+
+    @torch.no_grad()
+    def with_tokens(self, view:int, # view
+                    rows            # row numbers
+                   )->tuple:        # (n, 7) logits, list of (n, tokens, width), one for each stage
+        "What one model says of rows in a view, and the tokens of its stages."
+        if len(self.models) > 1: raise FerError('bad_parameter', f'{len(self.models)} teachers have no tokens in common', 'ask one teacher: softlabels=RUN of a single one')
+        z, inside = next(self._asked(view, rows, lambda model, x: model.with_tokens(x)))
+        return z.float()/(self.members.temperatures[0]*self.members.T), [t.float() for t in inside]
 
 # %% ../../nbs/teach/softlabels.ipynb #c006
 def _row_hash(table): return sha256_bytes('\n'.join(f'{i} {h}' for i, h in zip(table['id'], table['sha256'])).encode())

@@ -148,7 +148,7 @@ def validation_row(model, feed, rows, precision='32-true', flip=False)->dict: # 
 def _keep_books(run, model, spec, history, state, first):
     "After an epoch: best weights if it is the best of this run's, then the history, then the resume state."
     rank = [(h['val_macro_f1'], -h['val_loss']) for h in history[first:]]
-    if rank[-1] == max(rank): save_model(run.folder, model, spec, epoch=len(history))
+    if rank[-1] == max(rank): save_model(run.folder, model.kept, spec, epoch=len(history))
     write_json(run.path('history.json'), history)
     with atomic_path(run.path('train_log.csv')) as tmp: pd.DataFrame(history).to_csv(tmp, index=False)
     _save_state(run.path('last.ckpt'), epoch=len(history), history=history, first=first, **state)
@@ -238,9 +238,10 @@ def fit(run:Run,           # run folder that receives best.safetensors, config.j
     model.to(feed.device, memory_format=torch.channels_last)
     average = Average(model, cfg)
     state = _begin(run, model, opt, average, cfg, key, resume_from, fabric.global_rank == 0)
-    if cfg.compile: model.backbone.compile()
+    for part in model.parts if cfg.compile else (): part.backbone.compile()
     net, opt = fabric.setup(model, opt, move_to_device=False)
-    for name in ('embed', 'regress', 'with_tokens'): net.mark_forward_method(name)
+    for name in ('embed', 'regress', 'with_tokens', 'both'):
+        if hasattr(model, name): net.mark_forward_method(name)
     with fast_training(model, fabric._precision.precision, feed.device):
         while len(state['history']) < cfg.epochs and not _stop_early(state['history'], cfg):
             try: _next_epoch(fabric, run, net, model, average, opt, feed, objective, cfg, on_epoch, state, flip)

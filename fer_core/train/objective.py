@@ -13,7 +13,7 @@ from .contrastive import supcon_loss
 from .losses import ce_loss, effective_weights, prior_weights, weigh
 
 # %% auto #0
-__all__ = ['LabelLoss', 'training_logits', 'label_objective']
+__all__ = ['LabelLoss', 'training_logits', 'label_objective', 'voted']
 
 # %% ../../nbs/train/objective.ipynb #c004
 @dataclass(frozen=True)
@@ -65,12 +65,15 @@ def label_objective(loss:LabelLoss=LabelLoss(), # options
         more = 0.
         if loss.contrast: z, more = _contrasted(net, x, y, loss)
         else: z = training_logits(net, x, y)
-        if votes is not None: y = _voted(y, votes, rows)
-        return ce_loss(adjusted(z), y, loss.smoothing, None if weights is None else weights.to(x.device), of_rows, loss.gamma) + more
+        return ce_loss(adjusted(z), voted(y, votes, rows), loss.smoothing, None if weights is None else weights.to(x.device), of_rows, loss.gamma) + more
     return objective
 
-def _voted(y, votes, rows):
-    "People's votes on a batch; the margin of a head stays on the label."
+def voted(y,     # (b,) class ids, or `Mixed`
+          votes, # (n, 7) probabilities of the pack's rows, or None
+          rows   # (b,) row numbers
+         ):      # y where there are no votes, else (b, 7) probabilities
+    "What a batch learns in place of its labels; the margin of a head stays on the label."
+    if votes is None: return y
     if isinstance(y, Mixed): raise FerError('bad_parameter', 'votes beside mixed pictures: the partner has votes of its own', 'pass votes=false, or mixup=0 and cutmix=0')
     return votes[rows].to(y.device)
 

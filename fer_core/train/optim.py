@@ -71,7 +71,7 @@ def make_optimizer(model:Classifier, # model
                    cfg:TrainConfig   # settings
                   )->torch.optim.Optimizer:
     "AdamW or SGD; no decay on norms and biases, own rates for the backbone and its layers."
-    groups = [{'params': ps, 'lr': cfg.lr*f, 'factor': f, 'weight_decay': wd} for ps, f, wd in _groups(model, cfg)]
+    groups = [{'params': ps, 'lr': cfg.lr*f, 'factor': f, 'weight_decay': wd} for part in model.parts for ps, f, wd in _groups(part, cfg)]
     if cfg.optimizer == 'sgd': return torch.optim.SGD(groups, momentum=.9)
     return torch.optim.AdamW(groups, fused=True) # 3.7 ms a step instead of 12.9 for MobileNetV3-Large on one core
 
