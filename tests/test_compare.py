@@ -200,7 +200,7 @@ def compared(sweep, tmp_path, **more):
 
 def test_t_interval_is_students():
     from scipy import stats
-    from fer_core.runs.compare import t_interval
+    from fer_core.evaluate.paired import t_interval
     for x in ([.61, .63], [.5, .55, .52], np.random.default_rng(0).normal(size=9)):
         x = np.asarray(x, float)
         assert np.allclose(t_interval(x), (x.mean(), *stats.t.interval(.95, len(x) - 1, x.mean(), stats.sem(x))), rtol=0, atol=1e-12)
@@ -209,7 +209,7 @@ def test_t_interval_is_students():
 
 
 def test_holm_is_the_step_down_rule():
-    from fer_core.runs.compare import holm
+    from fer_core.evaluate.paired import holm
     p = [.04, None, .001, .03, .5]
     order, worst, by_hand = [2, 3, 0, 4], 0., {}
     for rank, i in enumerate(order): worst = max(worst, min(1., (4 - rank)*p[i])); by_hand[i] = worst
@@ -220,40 +220,40 @@ def test_holm_is_the_step_down_rule():
 
 def test_draws_of_faces_are_shared_and_right():
     from sklearn.metrics import f1_score
-    from fer_core.runs.compare import over_faces, paired_p
+    from fer_core.evaluate.paired import bootstrap_macro_f1, bootstrap_p
     rng, y = np.random.default_rng(1), np.repeat(np.arange(7), COUNTS)
     decided = np.stack([np.where(rng.random(len(y)) < r, y, rng.integers(0, 7, len(y))) for r in (.5, .7)])
-    draws, again = over_faces(y, decided, 30, seed=3), np.random.default_rng(3)
+    draws, again = bootstrap_macro_f1(y, decided, 30, seed=3), np.random.default_rng(3)
     for b in range(30):
         i = again.integers(0, len(y), len(y))
         for k in (0, 1): assert draws[k, b] == pytest.approx(f1_score(y[i], decided[k, i], labels=range(7), average='macro', zero_division=0), abs=1e-12)
-    assert (over_faces(y, decided[[1]], 30, seed=3)[0] == draws[1]).all()  # a model's draws do not depend on its company
-    assert paired_p(draws[1] - draws[0]) == 2/31 and paired_p(np.r_[-np.ones(50), np.ones(50)]) == 1. and paired_p(np.zeros(9)) == 1.
-    assert paired_p(np.r_[-np.ones(3), np.ones(96)]) == 2*4/100
+    assert (bootstrap_macro_f1(y, decided[[1]], 30, seed=3)[0] == draws[1]).all()  # a model's draws do not depend on its company
+    assert bootstrap_p(draws[1] - draws[0]) == 2/31 and bootstrap_p(np.r_[-np.ones(50), np.ones(50)]) == 1. and bootstrap_p(np.zeros(9)) == 1.
+    assert bootstrap_p(np.r_[-np.ones(3), np.ones(96)]) == 2*4/100
 
 
 def test_the_interval_over_faces_agrees_with_the_bootstrap_of_statistics():
     from fer_core.evaluate.metrics import macro_f1
     from fer_core.evaluate.statistics import bootstrap_ci
-    from fer_core.runs.compare import over_faces
+    from fer_core.evaluate.paired import bootstrap_macro_f1
     rng, y = np.random.default_rng(2), np.repeat(np.arange(7), 5*np.array(COUNTS))
     decided = np.stack([np.where(rng.random(len(y)) < .6, y, rng.integers(0, 7, len(y))) for _ in range(3)])
-    low, high = np.quantile(over_faces(y, decided, 2000).mean(0), (.025, .975))
+    low, high = np.quantile(bootstrap_macro_f1(y, decided, 2000).mean(0), (.025, .975))
     other = bootstrap_ci(y, decided.T, lambda t, p: np.mean([macro_f1(p[:, k], t) for k in range(3)]), n_boot=1000, seed=5)
     assert abs(low - other.low) < .003 and abs(high - other.high) < .003 and low < other.estimate < high
     pooled = bootstrap_ci(np.tile(y, 3), decided.ravel(), 'macro_f1', n_boot=1000)
-    single = np.ptp(np.quantile(over_faces(y, decided[:1], 2000)[0], (.025, .975)))
+    single = np.ptp(np.quantile(bootstrap_macro_f1(y, decided[:1], 2000)[0], (.025, .975)))
     assert pooled.high - pooled.low < .75*single  # what three times as many faces would give: narrower than one network's own
 
 
 def test_welch_is_welchs():
-    from fer_core.runs.compare import welch
+    from fer_core.evaluate.paired import welch_p
     from scipy import stats
     a, b = np.array([.61, .63, .60]), np.array([.64, .66, .65])
     va, vb = a.var(ddof=1)/3, b.var(ddof=1)/3
     t, df = (a.mean() - b.mean())/np.sqrt(va + vb), (va + vb)**2/(va**2/2 + vb**2/2)
-    assert welch(a, b) == pytest.approx(2*stats.t.sf(abs(t), df), abs=1e-12)
-    assert welch([.6], [.7, .8]) is None and welch([.6, .6], [.7, .7]) is None
+    assert welch_p(a, b) == pytest.approx(2*stats.t.sf(abs(t), df), abs=1e-12)
+    assert welch_p([.6], [.7, .8]) is None and welch_p([.6, .6], [.7, .7]) is None
 
 
 # ---- grouping and refusals ----
@@ -311,7 +311,7 @@ def test_differences_are_paired_and_corrected(sweep, tmp_path):
     first = told.rows()[0]
     assert [r['model'] for r in rows] == list(told.groups)[1:]
     for r in rows:
-        d = told.draws[r['model']] - told.draws[first['model']]
+        d = told.draws[r['model']].mean(0) - told.draws[first['model']].mean(0)
         assert r['low'] <= r['difference'] <= r['high'] and r['p_faces'] == min(1, 2*(1 + min((d <= 0).sum(), (d >= 0).sum()))/501) <= r['p_faces_holm'] <= 1
     assert all(r['p_faces'] < .05 and r['difference'] > .05 for r in rows) and len(compared(sweep, tmp_path, runs=sweep.plain).differences()) == 0
 

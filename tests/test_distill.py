@@ -16,7 +16,6 @@ from fer_core.data.loader import Augment, open_pack
 from fer_core.data.preprocess import Preprocess
 from fer_core.data.synthetic import write_discs
 from fer_core.distill import objective as O
-from fer_core.distill import student as S
 from fer_core.distill.born_again import generations
 from fer_core.distill.manifold import manifold_loss, merge_tokens, pair_tokens, stages_loss
 from fer_core.distill.mutual import Pair, mutual_objective

@@ -19,7 +19,6 @@ from .objective import dkd_objective, kd_objective, refuse_inside
 from .teaching import live_teacher, taught_by
 from ..evaluate.gates import phase_adopted, rarest
 from ..models.backbones import ModelConfig, fit_input, load_model, model_size, with_projector
-from ..teach.softlabels import SoftLabels
 from ..teach.teacher import device, match_data, open_data, row_weights, start_model
 from ..train.judge import judge_model
 from ..train.objective import LabelLoss, label_objective

@@ -12,9 +12,10 @@ from ..artifacts import FerError
 from ..labels import CLASSES, COLOURS, N_CLASSES
 
 # %% auto #0
-__all__ = ['PALETTE', 'STYLES', 'stamp', 'curves', 'LiveCurves', 'compare_curves', 'confusion', 'confusion_delta',
+__all__ = ['PALETTE', 'STYLES', 'stamp', 'curves', 'LiveCurves', 'compare_curves', 'confusion', 'confusion_delta', 'mark_cells',
            'per_class_bars', 'class_distribution', 'reliability_diagram', 'classwise_ece_bars', 'risk_coverage',
-           'latency_cdf', 'size_vs_f1', 'montage', 'forest', 'class_heat', 'cost_vs_accuracy', 'fusion_front']
+           'latency_cdf', 'size_vs_f1', 'montage', 'hidden_face', 'embedding_map', 'forest', 'class_heat',
+           'cost_vs_accuracy', 'fusion_front']
 
 # %% ../../nbs/evaluate/figures.ipynb #c005
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#666666')  # Okabe-Ito, order of the series
@@ -145,6 +146,15 @@ def confusion_delta(before, # (7, 7) counts, rows: truth
     limit = max(np.abs(delta).max(), 1.)
     image = _grid(ax, delta, np.array([[f'{d:+.1f}' if abs(d) >= .05 else '' for d in row] for row in delta]), 'PuOr_r', (-limit, limit), title)
     bar = fig.colorbar(image, ax=ax, shrink=.8, aspect=30); _tidy_bar(bar, 'percentage points')
+    return fig
+
+# %% ../../nbs/evaluate/figures.ipynb #g002
+def mark_cells(fig:Figure, # of `confusion` or `confusion_delta`
+               cells       # (true class, decided class) each
+              )->Figure:   # the same figure
+    "Frame cells of a confusion matrix."
+    for true, decided in cells:
+        fig.axes[0].add_patch(plt.Rectangle((CLASSES.index(decided) - .5, CLASSES.index(true) - .5), 1, 1, fill=False, edgecolor='black', linewidth=1.8, zorder=3))
     return fig
 
 # %% ../../nbs/evaluate/figures.ipynb #c017
@@ -300,6 +310,31 @@ def montage(images,        # pictures: (h, w) grey, (h, w, 3) RGB or (c, h, w), 
         ax.set_xticks([]); ax.set_yticks([])
         ax.spines[:].set(color='white' if colours is None else colours[k], linewidth=2)
         if titles is not None: ax.set_title(titles[k], fontsize=7, pad=3)
+    return fig
+
+# %% ../../nbs/evaluate/figures.ipynb #g005
+def hidden_face(side:int=48 # pixels
+               )->np.ndarray: # (side, side) uint8
+    "A grey silhouette that is nobody."
+    y, x = np.mgrid[:side, :side]/(side - 1)*2 - 1
+    head, shoulders = (x/.42)**2 + ((y + .2)/.52)**2 < 1, (x/.85)**2 + ((y - 1.15)/.65)**2 < 1
+    return np.where(head | shoulders, 170, 230).astype(np.uint8)
+
+# %% ../../nbs/evaluate/figures.ipynb #g008
+def embedding_map(points,     # (n, 2) positions
+                  labels,     # (n,) class ids
+                  wrong=None, # (n,) bool: decided wrongly
+                  title:str='', # title
+                  ax=None     # axes to draw on
+                 )->Figure:
+    "Faces on a map, coloured by class."
+    points, labels = np.asarray(points), np.asarray(labels)
+    fig, ax = _axes(ax, (6.2, 4.4))
+    ax.scatter(*points.T, s=9, c=np.array(_CLASS_COLOURS)[labels], linewidths=0)
+    for c, colour, n in zip(CLASSES, _CLASS_COLOURS, np.bincount(labels, minlength=N_CLASSES)): ax.plot([], [], 'o', color=colour, markersize=4, label=f'{c} ({n:,})')
+    if wrong is not None: ax.plot(*points[np.asarray(wrong, bool)].T, 'x', color='.15', markersize=2.6, markeredgewidth=.5, label=f'decided wrongly ({np.sum(wrong):,})')
+    _tidy(ax, '', '', title, grid=None); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+    ax.legend(fontsize=7.5, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
 # %% ../../nbs/evaluate/figures.ipynb #e002

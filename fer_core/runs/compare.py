@@ -14,7 +14,7 @@ from ..compress.latency import compare as time_in_turns
 from ..data.manifest import read_manifest
 from ..distill.student import OF_THE_MODEL
 from ..evaluate.figures import stamp
-from ..evaluate.metrics import rates
+from ..evaluate.paired import bootstrap_macro_f1, comparisons_note, holm, interval_of_difference, seeds_table, t_interval, welch_p
 from ..labels import CLASSES
 from ..models.backbones import load_model, with_projector
 from .pipeline import UNUSED
@@ -23,8 +23,8 @@ from ..train.judge import read_logits
 
 # %% auto #0
 __all__ = ['SEEDS', 'VARIANTS', 'METHODS', 'REFERENCES', 'settings_of', 'Judged', 'read_judged', 'check_comparable', 'group_runs',
-           'network', 'name_groups', 't_interval', 'over_faces', 'paired_p', 'holm', 'welch', 'cost_of', 'mirrored',
-           'train_seconds', 'measure', 'Published', 'Reference', 'methods_in_use', 'beside', 'figures_of', 'Comparison']
+           'network', 'name_groups', 'cost_of', 'mirrored', 'train_seconds', 'measure', 'Published', 'Reference',
+           'methods_in_use', 'beside', 'figures_of', 'Comparison']
 
 # %% ../../nbs/runs/compare.ipynb #c004
 SEEDS = ('seed', 'view_seed')  # parameters that are seeds
@@ -33,7 +33,7 @@ def _unread(given):
     "Parameters that are no setting of a run: where it lies, a calibration that a compress run makes anew, what its phase does not read."
     phase, no = given.get('phase'), {'run_dir', 'calibration'}
     no |= set(UNUSED.get(phase, ())) - ({'erase'} if given.get('teaching', 'view') != 'view' else set())
-    return no if phase in (None, 'ce') else no | set(OF_THE_MODEL) if given.get('before') else no - set(OF_THE_MODEL) # a later phase trains the model of the one before
+    return no if phase in (None, 'ce') else no | set(OF_THE_MODEL) if given.get('before') and phase != 'dml' else no - set(OF_THE_MODEL) # a later phase trains the network of the one before, two that learn together one of their own
 
 def _named_run(value, folder, parents):
     "The run folder that a parameter names, or None; one that is gone is an error."
@@ -140,52 +140,6 @@ def name_groups(groups:list[list[Judged]] # of `group_runs`
         own = [_word(k, v) for k, v in j.settings.items() if k not in ('stage', 'data', 'backbone', 'head', 'phase') and not _is_run(v) and v != default.get(k) and any(p.settings.get(k) != v for p in peers)]
         names.append(', '.join([_base(j), *own]))
     return [n if names.count(n) == 1 else f'{n} ({j.folder.name[-6:]})' for n, j in zip(names, firsts)]
-
-# %% ../../nbs/runs/compare.ipynb #c017
-def t_interval(values,         # (k,) a figure at k seeds
-               level:float=.95 # confidence level
-              )->tuple:        # mean, low, high; the bounds None for one seed
-    "Mean over seeds with Student's interval."
-    from scipy import stats
-    x = np.asarray(values, float)
-    if len(x) < 2: return float(x.mean()), None, None
-    half = stats.t.ppf((1 + level)/2, len(x) - 1)*x.std(ddof=1)/np.sqrt(len(x))
-    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
-
-def over_faces(labels,          # (n,) class ids
-               decided,         # (k, n) decided ids of k models on these faces
-               n_boot:int=2000, # draws
-               seed:int=0       # of the draws
-              )->np.ndarray:    # (k, n_boot) macro-F1; column b is the same draw for all
-    "Macro-F1 of several models on the same draws of test faces."
-    labels, decided = np.asarray(labels), np.asarray(decided)
-    (k, n), rng = decided.shape, np.random.default_rng(seed)
-    cells = 49*np.arange(k)[:, None] + 7*labels + decided
-    counts = np.stack([np.bincount(cells[:, rng.integers(0, n, n)].ravel(), minlength=49*k) for _ in range(n_boot)])
-    return rates(counts.reshape(n_boot, k, 7, 7))[2].mean(-1).T
-
-def paired_p(draws # (n_boot,) differences of two rows
-            )->float: # 2/(n_boot + 1) to 1
-    "Two-sided p of a difference, from paired draws."
-    draws = np.asarray(draws)
-    return float(min(1., 2*(1 + min((draws <= 0).sum(), (draws >= 0).sum()))/(len(draws) + 1)))
-
-# %% ../../nbs/runs/compare.ipynb #c019
-def holm(p # p values; None where there is none
-        )->list: # corrected ones, in the same places
-    "Holm's correction for a family of tests."
-    from statsmodels.stats.multitest import multipletests
-    at = [i for i, v in enumerate(p) if v is not None]
-    out = [None]*len(p)
-    for i, v in zip(at, multipletests([p[i] for i in at], method='holm')[1] if at else ()): out[i] = float(v)
-    return out
-
-def welch(a, b # figures at the seeds of two rows
-         ):    # p, or None where a row has one seed or no spread
-    "Welch's t-test over seeds."
-    from scipy import stats
-    if min(len(a), len(b)) < 2 or np.std(a) + np.std(b) == 0: return None
-    return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
 
 # %% ../../nbs/runs/compare.ipynb #c022
 def _total(values): return None if None in values or not values else sum(values)
@@ -332,8 +286,8 @@ class Comparison:
         if names and (len(names) != len(groups) or len(set(names)) < len(names)): raise FerError('bad_parameter', f'{len(set(names))} different names for {len(groups)} rows', f'the rows are, in this order: {"; ".join(name_groups(groups))}')
         self.groups = dict(zip(names or name_groups(groups), groups))
         flat = [j for g in self.groups.values() for j in g]
-        drawn = iter(over_faces(flat[0].labels, [j.decided for j in flat], n_boot, seed))
-        self.draws = {n: np.mean([next(drawn) for _ in g], axis=0) for n, g in self.groups.items()}
+        drawn = iter(bootstrap_macro_f1(flat[0].labels, [j.decided for j in flat], n_boot, seed))
+        self.draws, self.seed = {n: np.stack([next(drawn) for _ in g]) for n, g in self.groups.items()}, seed # (seeds, n_boot) of each row
         self.part = _part(self.data, self.dataset)
         self.times = measure(self.groups, threads, n_timed, run.progress) if timing else {}
         run.record(dataset=self.dataset, class_order=list(CLASSES), seeds={'draws': seed}, parents={'data': parent(data, 'classification_manifest.csv')} | {f'run_{i}': parent(f, 'metrics.json') for i, f in enumerate(dict.fromkeys(map(str, runs)))})
@@ -357,7 +311,7 @@ def row(self, name:str # of a row
        )->dict:        # everything about it
     "One row of the comparison."
     g = self.groups[name]
-    faces, costs = np.quantile(self.draws[name], (.025, .975)), [cost_of(j) for j in g]
+    faces, costs = np.quantile(self.draws[name].mean(0), (.025, .975)), [cost_of(j) for j in g]
     seen = {'model': name, 'stage': g[0].manifest.stage, 'backbone': network(g[0]), 'seeds': len(g), 'n': len(g[0].labels), 'runs': [j.folder.name for j in g], 'all_seeds': [list(j.seeds) for j in g],
             'mirror_averaged': mirrored(g[0])}
     scores = _over_seeds(g, 'accuracy') | _over_seeds(g, 'macro_f1') | {'macro_f1_faces_low': float(faces[0]), 'macro_f1_faces_high': float(faces[1])} | _over_seeds(g, 'uar')
@@ -394,6 +348,12 @@ def results(self)->pd.DataFrame:
                           'UAR': f'{r["uar"]:.4f}', 'mirror averaged': r['mirror_averaged']} for r in self.rows()]).set_index('model')
 
 @patch_to(Comparison)
+def by_seed(self)->pd.DataFrame: # a row a model and seed, and one for each mean
+    "Macro-F1 of every seed with its interval over faces, and of the mean over faces, over seeds and over both."
+    scores = {n: {' '.join(map(str, j.seeds)): j.test['macro_f1'] for j in g} for n, g in self.groups.items()}
+    return _shown(seeds_table(scores, self.draws, seed=self.seed).rename_axis(['model', 'seed']).round(4))
+
+@patch_to(Comparison)
 def confidence(self)->pd.DataFrame:
     "NLL and ECE before and after the temperature, means over seeds."
     return pd.DataFrame(self.rows()).set_index('model')[['seeds', 'nll_raw', 'nll', 'ece_raw', 'ece', 'temperature']].round(4)
@@ -418,10 +378,9 @@ def against_first(self)->list[dict]: # a row for every model but the first
     first, *others = self.rows()
     out = []
     for r in others:
-        d = self.draws[r['model']] - self.draws[first['model']]
-        low, high = np.quantile(d, (.025, .975))
-        out.append({'model': r['model'], 'difference': r['macro_f1'] - first['macro_f1'], 'low': float(low), 'high': float(high), 'p_faces': paired_p(d), 'p_seeds': welch(r['macro_f1_by_seed'], first['macro_f1_by_seed'])})
-    for k in ('faces', 'seeds'):
+        d = interval_of_difference(self.draws[r['model']], self.draws[first['model']], seed=self.seed)
+        out.append({'model': r['model'], 'difference': r['macro_f1'] - first['macro_f1'], 'low': d.pop('faces_low'), 'high': d.pop('faces_high'), **d, 'p_seeds': welch_p(r['macro_f1_by_seed'], first['macro_f1_by_seed'])})
+    for k in ('faces', 'both', 'seeds'):
         for r, p in zip(out, holm([r[f'p_{k}'] for r in out])): r[f'p_{k}_holm'] = p
     return out
 
@@ -430,8 +389,15 @@ def differences(self)->pd.DataFrame:
     "Differences to the first row, points of macro-F1."
     rows = self.against_first()
     def p(v): return '' if v is None else f'{v:.2g}'
-    return pd.DataFrame([{'model': r['model'], f'macro-F1 minus that of {self.rows()[0]["model"]}, points': f'{100*r["difference"]:+.2f}', 'over faces': f'{100*r["low"]:+.2f} to {100*r["high"]:+.2f}', 'p faces': p(r['p_faces']), 'Holm': p(r['p_faces_holm']),
+    def ends(r, low, high): return '' if r[low] is None else f'{100*r[low]:+.2f} to {100*r[high]:+.2f}'
+    return pd.DataFrame([{'model': r['model'], f'macro-F1 minus that of {self.rows()[0]["model"]}, points': f'{100*r["difference"]:+.2f}', 'over faces': ends(r, 'low', 'high'), 'p faces': p(r['p_faces']), 'Holm': p(r['p_faces_holm']),
+                          'over faces and seeds': ends(r, 'both_low', 'both_high'), 'p both': p(r['p_both']), 'Holm both': p(r['p_both_holm']),
                           'p seeds': p(r['p_seeds']), 'Holm seeds': p(r['p_seeds_holm'])} for r in rows], columns=None if rows else ['model']).set_index('model')
+
+@patch_to(Comparison)
+def note(self)->str: # '' for fewer than two comparisons
+    "What many comparisons do to the p values and intervals of `differences`."
+    return comparisons_note(len(self.groups) - 1)
 
 @patch_to(Comparison)
 def _ours(self, g):
@@ -496,7 +462,7 @@ def save(self):
     told = {n: [{k: v for k, v in line.items() if k != 'model'} for line in t.loc[[n]].to_dict('records')] for n in t.index.unique()}
     about = {'source': self.reference.source, 'protocol': self.reference.protocol} if self.reference else None
     write_json(self.run.path('compare.json'), {'dataset': self.dataset, 'test': self.part, 'rows': [r | {'published': told.get(r['model'], [])} for r in rows], 'against_first': self.against_first(), 'reference': about,
-                                               'intervals': 'accuracy, macro_f1, uar: Student over seeds, 95 %; macro_f1_faces: 95 % over draws of the test faces, networks fixed', 'memory': 'peak resident set of a fresh process, batch 1, runtime included'})
+                                               'intervals': 'accuracy, macro_f1, uar: Student over seeds, 95 %; macro_f1_faces and low, high of against_first: 95 % over draws of the test faces, networks fixed; both_low, both_high: over faces and seeds (multi-bootstrap)', 'memory': 'peak resident set of a fresh process, batch 1, runtime included'})
     flat = pd.DataFrame([{k: ' '.join(map(str, v)) if k == 'runs' else v for k, v in r.items() if k == 'runs' or not isinstance(v, (list, dict))} for r in rows])
     for k in ('accuracy', 'macro_f1', 'macro_f1_gain'): flat[f'published_{k}'] = [next((x['published'] for x in told.get(n, []) if x['figure'] == k), None) for n in flat['model']]
     flat['why'] = [next((x['why'] for x in told.get(n, [])), '') for n in flat['model']]

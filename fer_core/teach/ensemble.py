@@ -286,27 +286,27 @@ def _ask(teachers, data, device, tell):
         out.append(predict_logits(model, Feeder(pack, device), rows, flip=mirrored(t), progress=lambda i, n: tell(k, .5 + i/n/2)))
     return out, pack.table.iloc[rows], pack.dataset_sha256
 
-def _models(teachers, z, fusion):
-    "Members and the ensemble: model -> (logits, temperature)."
+def _models(teachers, z, fusion, called):
+    "Members and what they are fused to: model -> (logits, temperature)."
     members = {Path(t).name: (m, T) for t, m, T in zip(teachers, z, fusion['temperatures'])}
-    return members | {'ensemble': (fuse(z, fusion['temperatures'], fusion['weights'], fusion.get('fusion', 'logits')), fusion['temperature'])}
+    return members | {called: (fuse(z, fusion['temperatures'], fusion['weights'], fusion.get('fusion', 'logits')), fusion['temperature'])}
 
-def _sets(run, data, teachers, fusion, others, device):
+def _sets(run, data, teachers, fusion, others, device, called):
     "Yield (name, manifest rows, models, hash): the home test, its balanced part, and the tests of other folders."
     home = read_manifest(Path(data)/'classification_manifest.csv')
     test, z = home[home['split'] == 'test'], read_members(teachers)[1]
-    yield 'home test', test, _models(teachers, z, fusion), fusion['dataset_sha256']
+    yield 'home test', test, _models(teachers, z, fusion, called), fusion['dataset_sha256']
     mixed = Path(data)/'test_all_sources.csv'
     if test['source'].nunique() > 1 and mixed.is_file():
         part = read_manifest(mixed)
         at = pd.Index(test['id']).get_indexer(part['id'])
-        yield 'home test, balanced over sources', part, _models(teachers, [m[at] for m in z], fusion), content_hash(part)
+        yield 'home test, balanced over sources', part, _models(teachers, [m[at] for m in z], fusion, called), content_hash(part)
     seen = {fusion['dataset_sha256']: Path(data).name}
     for i, other in enumerate(others):
         asked, rows, sha = _ask(teachers, other, device, lambda k, part: run.progress(i*len(teachers) + k + part, len(others)*len(teachers), f'elsewhere: {Path(other).name}'))
         if sha in seen: raise FerError('bad_parameter', f'{Path(other).name} is the dataset of {seen[sha]}', 'name other datasets than home, each once')
         seen[sha] = Path(other).name
-        yield Path(other).name, rows, _models(teachers, asked, fusion), sha
+        yield Path(other).name, rows, _models(teachers, asked, fusion, called), sha
 
 # %% ../../nbs/teach/ensemble.ipynb #c014
 def evaluate_elsewhere(run:Run,       # ensemble run, receives cross_dataset.json and the ensemble's metrics
@@ -315,15 +315,16 @@ def evaluate_elsewhere(run:Run,       # ensemble run, receives cross_dataset.jso
                        fusion:dict,   # weights, temperatures, temperature, fusion
                        others=(),     # further curated folders
                        device='cpu',  # where members run
-                       seed:int=0     # of the intervals
+                       seed:int=0,    # of the intervals
+                       called:str='ensemble' # name of the fused model; a member's folder name stands for that member, to be given all the weight
                       )->pd.DataFrame: # a row a dataset and model
     "Members and ensemble on the home test, its balanced part and the tests of other folders."
     home, rows = read_manifest(Path(data)/'classification_manifest.csv'), []
-    for name, table, models, sha in _sets(run, data, teachers, fusion, others, device):
+    for name, table, models, sha in _sets(run, data, teachers, fusion, others, device, called):
         rows += rows_elsewhere(name, table, models, home, sha, seed)
-        clean = rows[-1] # the ensemble's
+        clean = next(r for r in reversed(rows) if r['model'] == called)
         if name != 'home test' and clean['n_rest']:
-            run.record(metrics={f'ensemble, {name}': {'n': clean['n_rest'], 'split': 'test', 'in_sample': False, 'dataset': sha, 'temperature': fusion['temperature'], **{k: clean[f'{k}_rest'] for k in ('accuracy', 'macro_f1')}, 'ece_width': clean['ece_rest']}})
+            run.record(metrics={f'{called}, {name}': {'n': clean['n_rest'], 'split': 'test', 'in_sample': False, 'dataset': sha, 'temperature': fusion['temperature'], **{k: clean[f'{k}_rest'] for k in ('accuracy', 'macro_f1')}, 'ece_width': clean['ece_rest']}})
     at_home = {r['model']: r['macro_f1'] for r in rows if r['dataset'] == 'home test'}
     for r in rows: r['gap'] = at_home[r['model']] - r['macro_f1']
     write_json(run.path('cross_dataset.json'), rows)
