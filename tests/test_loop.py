@@ -114,10 +114,10 @@ def test_early_stopping_has_a_floor(pack, tmp_path, monkeypatch):
     assert len(trained(tmp_path/'d', pack, epochs=3)[0]) == 3 # no patience, no early stop
 
 
-@pytest.mark.parametrize('flip', [False, True])
-def test_validation_asks_as_the_verdict_does(data, pack, tmp_path, flip):
+@pytest.mark.parametrize('flip, precision', [(False, '32-true'), (True, '32-true'), (True, 'bf16-mixed')])
+def test_validation_asks_as_the_verdict_does(data, pack, tmp_path, flip, precision):
     run = Run.create(tmp_path/'r', 'teacher')
-    metrics, history = train_teacher(run, data, ModelConfig('resnet10t'), SPEC, TrainConfig(**BASE | {'epochs': 3, 'precision': '32-true'}), flip=flip)
+    metrics, history = train_teacher(run, data, ModelConfig('resnet10t'), SPEC, TrainConfig(**BASE | {'epochs': 3, 'precision': precision}), flip=flip)
     best, logits = max(history, key=lambda h: (h['val_macro_f1'], -h['val_loss'])), read_logits(tmp_path/'r'/'logits.npz')[0]['val']
     assert nll(softmax(logits), pack.labels[pack.rows('val')]) == pytest.approx(best['val_loss'], rel=1e-4)
     assert metrics['val']['macro_f1'] == pytest.approx(best['val_macro_f1']) and metrics['val']['accuracy'] == pytest.approx(best['val_accuracy'])

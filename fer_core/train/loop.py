@@ -139,9 +139,9 @@ def _epoch(fabric, net, model, average, opt, feed, rows, objective, cfg, epoch, 
     return losses.mean()
 
 # %% ../../nbs/train/loop.ipynb #c018
-def validation_row(model, feed, rows, precision='32-true', flip=False)->dict: # a history entry's validation part
-    "Validation NLL, accuracy and macro-F1."
-    z, y = predict_logits(model, feed, rows, flip=flip, precision=precision), feed.pack.labels[rows]
+def validation_row(model, feed, rows, flip=False)->dict: # a history entry's validation part
+    "Validation NLL, accuracy and macro-F1, in float32."
+    z, y = predict_logits(model, feed, rows, flip=flip), feed.pack.labels[rows]
     p = softmax(z)
     return {'val_loss': float(nll(p, y)), 'val_accuracy': float((z.argmax(1) == y).mean()), 'val_macro_f1': float(macro_f1(p, y))}
 
@@ -190,16 +190,16 @@ def _go_back(fabric, run, model, opt, average, state, error):
     _restore(load_state(own) if own.is_file() else state['start'], model, opt, average)
     if fabric.global_rank == 0: run.record(notes=[*run.manifest.notes, f'{utc_now()} {error.what}: back to epoch {len(state["history"])}, rate times {state["scale"]:g}'])
 
-def _validated(model, feed, precision, flip):
+def _validated(model, feed, flip):
     "A history entry's validation part; scores that are no numbers are a loss that is none, for all processes to see."
-    try: return validation_row(model, feed, feed.pack.rows('val'), precision, flip)
+    try: return validation_row(model, feed, feed.pack.rows('val'), flip)
     except FerError as e:
         if e.code != 'nan_loss': raise
         return {'val_loss': float('nan')}
 
 def _next_epoch(fabric, run, net, model, average, opt, feed, objective, cfg, on_epoch, state, flip):
     "One epoch: trained, judged by the first process, written down."
-    history, rows, began, precision = state['history'], feed.pack.rows('train'), time.monotonic(), fabric._precision.precision
+    history, rows, began = state['history'], feed.pack.rows('train'), time.monotonic()
     epoch, first = len(history), fabric.global_rank == 0
     if on_epoch: on_epoch(model, epoch)
     factor = rate_of(cfg, len(_groups(len(rows), cfg, fabric.world_size)), epoch, history)
@@ -209,7 +209,7 @@ def _next_epoch(fabric, run, net, model, average, opt, feed, objective, cfg, on_
     if history and loss > 10*max(1e-3, abs(history[0]['train_loss'])): raise FerError('divergence', f'epoch {epoch + 1}: loss {loss:.3g} is over ten times the first epoch\'s')
     average.refresh(epoch, (x for x, _, _ in feed.batches(rows, cfg.batch_size, epoch=epoch, view=feed.view_of(epoch))))
     judged = average.judged(epoch)
-    row = _validated(judged, feed, precision, flip) if first else {}
+    row = _validated(judged, feed, flip) if first else {}
     row = fabric.broadcast(row) if fabric.world_size > 1 else row
     if not np.isfinite(row['val_loss']): raise FerError('nan_loss', f'epoch {epoch + 1}: the validation loss is {row["val_loss"]}, the last steps broke the weights')
     history.append({'epoch': epoch + 1, 'train_loss': loss, **row, 'lr': opt.param_groups[0]['lr'], 'rate': state['scale'], 'weights': 'mean' if epoch >= cfg.swa_start else 'ema' if cfg.ema else 'last', 'seconds': round(time.monotonic() - began, 2)})
