@@ -132,11 +132,6 @@ class Classifier(nn.Module):
         "What is judged and saved after training."
         return self
 
-    @property
-    def parts(self)->tuple: # itself; of two that learn together both
-        "The classifiers that an optimiser moves."
-        return (self,)
-
     def rescale(self, x:torch.Tensor # (n, channels, side, side) normalised by the data's spec
                )->torch.Tensor:      # as the weights expect it
         "From our input scaling to that of the weights."

@@ -15,7 +15,7 @@ from ..evaluate.metrics import macro_f1, nll, softmax
 from ..models.backbones import Classifier, save_model
 from ..models.speed import fast_training
 from .average import Average
-from .optim import TrainConfig, make_optimizer, rate_of
+from .optim import TrainConfig, make_optimizer, parts_of, rate_of
 
 _all_ = ['TrainConfig', 'make_optimizer']
 
@@ -238,7 +238,7 @@ def fit(run:Run,           # run folder that receives best.safetensors, config.j
     model.to(feed.device, memory_format=torch.channels_last)
     average = Average(model, cfg)
     state = _begin(run, model, opt, average, cfg, key, resume_from, fabric.global_rank == 0)
-    for part in model.parts if cfg.compile else (): part.backbone.compile()
+    for part in parts_of(model) if cfg.compile else (): part.backbone.compile()
     net, opt = fabric.setup(model, opt, move_to_device=False)
     for name in ('embed', 'regress', 'with_tokens', 'both'):
         if hasattr(model, name): net.mark_forward_method(name)
