@@ -23,6 +23,7 @@ from ..teach.teacher import device, match_data, open_data, row_weights, start_mo
 from ..train.judge import judge_model
 from ..train.objective import LabelLoss, label_objective
 from ..train.loop import TrainConfig, choose_precision, fit
+from ..train.optim import kept_of
 
 # %% auto #0
 __all__ = ['PHASES', 'OF_THE_MODEL', 'LOSS', 'Phase', 'adopted_run', 'started_from', 'adoption', 'train_student']
@@ -191,7 +192,7 @@ def train_student(run:Run,            # run folder
     if PHASES[phase].soft: run.record(parents={'softlabels': parent(softlabels, _file_of(softlabels, teaching))})
     if p['hint'] and soft and model.config.hint != soft.hints.shape[-1]: model = with_projector(model, soft.hints.shape[-1], cfg.seed)
     precision = choose_precision(cfg.precision, model.config.backbone, device())
-    run.record(seeds={'train': cfg.seed}, compression=model_size(model.kept, spec), reliability={'start': report, 'precision': precision, **({'mixing': asdict(mix)} if mix else {})})
+    run.record(seeds={'train': cfg.seed}, compression=model_size(kept_of(model), spec), reliability={'start': report, 'precision': precision, **({'mixing': asdict(mix)} if mix else {})})
     history = fit(run, model, feed, _phase_objective(phase, soft, feed, p, of_rows, votes), cfg, resume_from=resume_from or None, bound=bound + _bound(phase, teaching, votes is not None, peer), show=show)
     best, _, _ = load_model(run.folder)
     metrics = judge_model(run, best.to(device()), feed, f'student_{phase}')

@@ -127,11 +127,6 @@ class Classifier(nn.Module):
         self.head = make_head(config.head, width, N_CLASSES, **more)
         if config.hint: self.projector = nn.Linear(width, config.hint)
 
-    @property
-    def kept(self)->'Classifier': # itself; of two that learn together the one that is judged
-        "What is judged and saved after training."
-        return self
-
     def rescale(self, x:torch.Tensor # (n, channels, side, side) normalised by the data's spec
                )->torch.Tensor:      # as the weights expect it
         "From our input scaling to that of the weights."

@@ -15,7 +15,7 @@ from ..evaluate.metrics import macro_f1, nll, softmax
 from ..models.backbones import Classifier, save_model
 from ..models.speed import fast_training
 from .average import Average
-from .optim import TrainConfig, make_optimizer, parts_of, rate_of
+from .optim import TrainConfig, kept_of, make_optimizer, parts_of, rate_of
 
 _all_ = ['TrainConfig', 'make_optimizer']
 
@@ -148,7 +148,7 @@ def validation_row(model, feed, rows, flip=False)->dict: # a history entry's val
 def _keep_books(run, model, spec, history, state, first):
     "After an epoch: best weights if it is the best of this run's, then the history, then the resume state."
     rank = [(h['val_macro_f1'], -h['val_loss']) for h in history[first:]]
-    if rank[-1] == max(rank): save_model(run.folder, model.kept, spec, epoch=len(history))
+    if rank[-1] == max(rank): save_model(run.folder, kept_of(model), spec, epoch=len(history))
     write_json(run.path('history.json'), history)
     with atomic_path(run.path('train_log.csv')) as tmp: pd.DataFrame(history).to_csv(tmp, index=False)
     _save_state(run.path('last.ckpt'), epoch=len(history), history=history, first=first, **state)

@@ -14,7 +14,7 @@ from ..artifacts import FerError
 from ..models.backbones import Classifier
 
 # %% auto #0
-__all__ = ['TrainConfig', 'parts_of', 'make_optimizer', 'lr_factor', 'plateau_factor', 'rate_of']
+__all__ = ['TrainConfig', 'parts_of', 'kept_of', 'make_optimizer', 'lr_factor', 'plateau_factor', 'rate_of']
 
 # %% ../../nbs/train/optim.ipynb #c004
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ def parts_of(model # classifier, a pair that learns together, or a network with 
             )->tuple: # what has a backbone of its own
     "The networks that an optimiser moves."
     return getattr(model, 'parts', (model,))
+
+def kept_of(model # as above
+           )->torch.nn.Module: # itself; of two that learn together the one that is judged
+    "The network that is saved after training."
+    return getattr(model, 'kept', model)
 
 def make_optimizer(model:Classifier, # model
                    cfg:TrainConfig   # settings
