@@ -15,7 +15,7 @@ from fer_core.artifacts import FerError, sha256_file
 from fer_core.compress import quantize as Q
 from fer_core.compress.export import METADATA, export_onnx, onnx_logits, parity, read_metadata, torch_logits, write_metadata
 from fer_core.compress.latency import cold_start, compare, latency, time_calls
-from fer_core.data.preprocess import Preprocess
+from fer_core.data.preprocess import Preprocess, normalise, standardise
 from fer_core.labels import CLASSES
 from fer_core.models.heads import ArcFaceHead
 
@@ -213,6 +213,34 @@ def test_int8_holds_8_bit_weights_and_is_smaller(mobilenet, tmp_path):
     assert held > 4e6 and path.stat().st_size < mobilenet[1].stat().st_size/3
     scales = {w.name: w for w in weights if w.data_type == onnx.TensorProto.FLOAT}
     assert any(s.dims and s.dims[0] == 960 for s in scales.values())  # per channel
+
+
+def test_8_bit_products_are_added_exactly_on_every_cpu(tmp_path):
+    """255 x 127, a row long: an x86 CPU without VNNI saturates there unless it is told not to."""
+    from onnx import TensorProto as T, helper as h, numpy_helper as nh
+    from fer_core.compress.export import open_onnx
+    from fer_core.live.recognise import open_session
+    weights = np.resize(np.array([127, -127], np.int8), 8)[None].repeat(64, 0)
+    graph = h.make_graph([h.make_node('MatMulInteger', ['input', 'w'], ['logits'])], 'worst', [h.make_tensor_value_info('input', T.UINT8, ['n', 64])],
+                         [h.make_tensor_value_info('logits', T.INT32, ['n', 8])], [nh.from_array(weights, 'w')])
+    onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid('', 17)], ir_version=8), tmp_path/'worst.onnx')
+    a = np.full((3, 64), 255, np.uint8)
+    for session in (open_onnx(tmp_path/'worst.onnx', 1), open_session((tmp_path/'worst.onnx').read_bytes(), 'worst.onnx', 1)):
+        assert np.array_equal(session.run(None, {'input': a})[0], a.astype(int) @ weights.astype(int))
+
+
+def test_the_released_student_gives_what_its_integers_say():
+    """The fused 8-bit graph against the same graph run literally, roundings in float arithmetic."""
+    import onnxruntime as ort
+    from fer_core.compat import session_options
+    from fer_core.data.synthetic import make_face
+    from fer_core.live.recognise import Recognizer, read_model
+    ours, literal = Recognizer(), session_options(1)
+    literal.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    faces = [make_face(CLASSES[i % 7], seed=i) for i in range(35)]
+    x = np.stack([normalise(standardise(f, ours.spec), ours.spec) for f in faces])
+    want = ort.InferenceSession(read_model()[0], literal, providers=['CPUExecutionProvider']).run(['logits'], {'input': x})[0]
+    assert np.abs(ours.logits(faces) - want).max() < .1 < want.std()
 
 
 def test_logits_are_not_rounded(files):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np, onnx, onnxscript.optimizer, torch
 from torch import nn
 from ..artifacts import FerError, atomic_path
+from ..compat import session_options
 from ..data.preprocess import Preprocess
 from ..labels import CLASSES, N_CLASSES
 
@@ -204,10 +205,7 @@ def open_onnx(path,                  # ONNX file
     import onnxruntime as ort
     if not Path(path).is_file(): raise FerError('missing_checkpoint', f'{path} is not there', 'export the model first')
     if provider not in ort.get_available_providers(): raise FerError('bad_parameter', f'execution provider {provider!r} is not at hand', f'here are {", ".join(ort.get_available_providers())}')
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads or cores(), 1, 3
-    for key, value in config.items(): options.add_session_config_entry(f'session.{key}', str(value))
-    try: return ort.InferenceSession(str(path), options, providers=[provider])
+    try: return ort.InferenceSession(str(path), session_options(threads or cores(), **config), providers=[provider])
     except MemoryError: raise
     except Exception as e:  # onnxruntime's exceptions share no other base class
         raise FerError('corrupt_artifact', f'{path} cannot be run ({str(e).strip().splitlines()[0][:120]})', 'export it again') from None

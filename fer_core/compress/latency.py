@@ -48,6 +48,7 @@ import json, sys, time
 t = time.perf_counter(); import numpy as np, onnxruntime as ort; imported = time.perf_counter()
 path, threads, batch, provider = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 o = ort.SessionOptions(); o.intra_op_num_threads, o.inter_op_num_threads, o.log_severity_level = threads, 1, 3
+o.add_session_config_entry('session.x64quantprecision', '1')  # as fer_core.compat.session_options, without its import
 s = ort.InferenceSession(path, o, providers=[provider])
 x = np.zeros((batch, *s.get_inputs()[0].shape[1:]), np.float32)
 s.run(None, {'input': x}); first = time.perf_counter()

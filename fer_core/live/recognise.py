@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2, numpy as np
 import fer_core
 from ..artifacts import HASHES, FerError, patch_to, read_json, sha256_bytes
+from ..compat import session_options
 from ..data.preprocess import Preprocess, normalise, standardise
 from ..faces.align import crop
 from ..faces.detect import Detections, as_bgr, detector as make_detector
@@ -56,10 +57,7 @@ def open_session(data:bytes,      # content of an ONNX file
                 ):                # onnxruntime.InferenceSession
     "An onnxruntime session on the CPU."
     import onnxruntime as ort
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads or model_threads(), 1
-    options.execution_mode, options.log_severity_level = ort.ExecutionMode.ORT_SEQUENTIAL, 3
-    try: return ort.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+    try: return ort.InferenceSession(data, session_options(threads or model_threads()), providers=['CPUExecutionProvider'])
     except MemoryError: raise
     except Exception as e:  # onnxruntime's exceptions share no other base class
         raise FerError('corrupt_artifact', f'{name} ({len(data)} bytes) is not a whole ONNX file ({str(e).strip().splitlines()[0][:120]})', 'copy or export it again') from None

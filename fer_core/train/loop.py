@@ -4,7 +4,7 @@
 
 # %% ../../nbs/train/loop.ipynb #c002
 from __future__ import annotations
-import logging, time
+import logging, time, warnings
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -29,15 +29,16 @@ def choose_precision(precision:str, # 'auto' or a Fabric precision
                      device:str     # 'cpu' or 'cuda'
                     )->str:         # '32-true' or 'bf16-mixed'
     "Resolve `auto` by device and backbone."
+    if device != 'cpu': return 'bf16-mixed' if precision == 'auto' else precision
+    if precision == 'bf16-mixed' and not _multiplies_bf16(): warnings.warn('this CPU has no bf16 instructions: bf16-mixed costs about ten times the time of 32-true; precision=auto chooses')
     if precision != 'auto': return precision
-    if device != 'cpu': return 'bf16-mixed'
     pays = backbone.startswith(('resnet', 'convnext', 'mobilenetv1', 'mobilenetv2_1', 'mobilenetv3_large', 'mobilenetv3_small_1', 'efficientnet', 'swin', 'vit'))
-    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and 'avx512_bf16' in _cpu_flags()
-    return 'bf16-mixed' if pays and fast else '32-true'
+    return 'bf16-mixed' if pays and _multiplies_bf16() else '32-true'
 
-def _cpu_flags():
-    try: return Path('/proc/cpuinfo').read_text()
-    except OSError: return ''
+def _multiplies_bf16():
+    try: flags = Path('/proc/cpuinfo').read_text()
+    except OSError: return False
+    return 'avx512_bf16' in flags and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 def make_fabric(precision:str='32-true', # Fabric precision
                 processes:int=1          # that train together; each of them calls this
