@@ -259,20 +259,49 @@ def test_excluded_nodes_stay_float(files, tmp_path):
     assert read_metadata(tmp_path/'q.onnx')['float_nodes'].startswith('node_')
 
 
-def test_sensitive_nodes_find_a_planted_outlier(tmp_path):
+class Planted(nn.Module):
     "One unit of the last layer's input is a thousand times larger and ignored: its range ruins the rounding of the others."
-    class Planted(nn.Module):
-        def __init__(self): super().__init__(); self.body = little(head=nn.Identity()); self.wide, self.last = nn.Linear(32, 33), nn.Linear(33, 7)
-        def forward(self, x): return self.last(self.wide(self.body(x)))
+    def __init__(self):
+        super().__init__()
+        self.body, self.wide, self.last = little(head=nn.Identity()), nn.Linear(32, 33), nn.Linear(33, 7)
+        with torch.no_grad(): self.wide.weight[32], self.last.weight[:, 32] = 3000*self.wide.weight[0], 0.
+
+    def forward(self, x): return self.last(self.wide(self.body(x)))
+
+
+def test_sensitive_nodes_find_a_planted_outlier(tmp_path):
     torch.manual_seed(0)
     net, x = Planted(), pictures(64, 32)
-    with torch.no_grad(): net.wide.weight[32], net.last.weight[:, 32] = 3000*net.wide.weight[0], 0.
     fp32 = export_onnx(net, tmp_path/'f.onnx', Preprocess(size=32))
     int8 = Q.quantize_static_int8(fp32, tmp_path/'q.onnx', x)
     worst = Q.sensitive_nodes(int8, fp32, x)
     assert worst[0]['type'] == 'Gemm' and worst[0]['nodes'] == ['node_linear', 'node_linear_1'] and worst[0]['gain'] > .5
     shift = lambda p: np.abs(onnx_logits(p, x) - onnx_logits(fp32, x)).mean()
     assert shift(Q.quantize_static_int8(fp32, tmp_path/'k.onnx', x, exclude=worst[0]['nodes'])) < .5*shift(int8)
+
+
+def test_only_what_must_stays_float(tmp_path):
+    """The planted unit ruins INT8 until its one place stays float; a model that answers alike at once is left alone."""
+    torch.manual_seed(0)
+    x = pictures(64, 32)
+    fp32 = export_onnx(spread(Planted(), x), tmp_path/'f.onnx', Preprocess(size=32))
+    nodes, tries = Q.choose_float(fp32, x, agreement=1., most=3)
+    assert tries[0]['agreement'] < .9 and nodes and set(nodes) >= {'node_linear', 'node_linear_1'}
+    best = max(t['agreement'] for t in tries)
+    z = onnx_logits(Q.quantize_static_int8(fp32, tmp_path/'k.onnx', x, exclude=nodes), x)
+    assert (z.argmax(1) == onnx_logits(fp32, x).argmax(1)).mean() == best > tries[0]['agreement']
+    assert Q.choose_float(fp32, x, agreement=0., most=3)[0] == []
+
+
+def test_half_and_dynamic_files_answer_as_the_float_one(files, tmp_path):
+    *_, fp32, _, x = files
+    want = onnx_logits(fp32, x)
+    for make, name, close in ((Q.to_float16, 'fp16', .03), (Q.quantize_dynamic_int8, 'int8_dynamic', .1)):
+        path = make(fp32, tmp_path/f'{name}.onnx')
+        told = read_metadata(path)
+        assert told['precision'] == name and told['temperature'] == read_metadata(fp32)['temperature'] and told['preprocess'] == read_metadata(fp32)['preprocess']
+        assert 0 < np.abs(onnx_logits(path, x) - want).max() < close*np.abs(want).max()
+    assert {w.data_type for w in onnx.load(tmp_path/'fp16.onnx').graph.initializer if len(w.dims) == 4} == {onnx.TensorProto.FLOAT16}
 
 
 def test_calibration_memory_is_bounded(files, tmp_path, monkeypatch):
