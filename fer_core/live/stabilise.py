@@ -6,12 +6,14 @@
 from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
+import math
 import numpy as np
 from ..artifacts import FerError
 from ..labels import CLASSES, N_CLASSES
 
 # %% auto #0
-__all__ = ['ema', 'Stable', 'Stabiliser', 'Stabilisers', 'stabilise', 'count_flips', 'flips_per_minute']
+__all__ = ['STEP', 'ema', 'OneEuro', 'Stable', 'Stabiliser', 'PerFace', 'Stabilisers', 'SteadyBoxes', 'stabilise', 'count_flips',
+           'flips_per_minute']
 
 # %% ../../nbs/live/stabilise.ipynb #c004
 def ema(probs:np.ndarray, # (t, k) frame-wise values, one row per frame
@@ -23,6 +25,34 @@ def ema(probs:np.ndarray, # (t, k) frame-wise values, one row per frame
     return out
 
 # %% ../../nbs/live/stabilise.ipynb #c008
+STEP = .04  # seconds between two frames where nobody tells: 25 a second
+
+class OneEuro:
+    "The One-Euro filter, on all components of an array at once."
+    def __init__(self,
+        min_cutoff:float=1., # cutoff frequency at rest, Hz
+        beta:float=0.,       # Hz of cutoff per unit of speed
+        d_cutoff:float=1.,   # cutoff of the speed's own average, Hz
+        shared:bool=False,   # the largest speed decides for all components
+    ):
+        if not (min_cutoff > 0 and beta >= 0 and d_cutoff > 0): raise FerError('bad_parameter', f'One-Euro filter: min_cutoff {min_cutoff}, beta {beta}, d_cutoff {d_cutoff}', 'cutoffs above 0 Hz, beta 0 or more')
+        self.min_cutoff, self.beta, self.d_cutoff, self.shared, self.x = min_cutoff, beta, d_cutoff, shared, None
+
+    def update(self, x:np.ndarray,   # (k,) new value
+               dt:float=STEP,        # seconds since the last one
+               scale:float=1.        # unit of speed, in units of x
+              )->np.ndarray:         # (k,) filtered value
+        "Take in one value; the first is returned as it is."
+        x = np.asarray(x, float)
+        if self.x is None: self.x, self._dx = x.copy(), np.zeros_like(x); return self.x.copy()
+        r = 2*math.pi*max(dt, 1e-4)
+        self._dx += r*self.d_cutoff/(1 + r*self.d_cutoff)*((x - self.x)/max(dt, 1e-4) - self._dx)
+        speed = np.abs(self._dx)/scale
+        r = r*(self.min_cutoff + self.beta*(speed.max() if self.shared else speed))
+        self.x += r/(1 + r)*(x - self.x)
+        return self.x.copy()
+
+# %% ../../nbs/live/stabilise.ipynb #c012
 class Stable(NamedTuple):
     "What is shown for a face in one frame."
     label: str         # a class name, also when abstained
@@ -38,48 +68,117 @@ class Stabiliser:
         need:int=8,          # votes needed to change the shown label
         of:int=15,           # frames that vote; need 1 of 1 = no vote
         threshold:float=.35, # least confidence of a shown label
+        average:str='ema',   # of the probabilities: 'ema', or 'one_euro', which ignores alpha
+        min_cutoff:float=.8, # One-Euro filter: cutoff of probabilities at rest, Hz
+        beta:float=1.,       # One-Euro filter: Hz per unit of probability a second
     ):
         if not (0 <= alpha < 1 and 0 <= delta < 1 and 1 <= need <= of): raise FerError('bad_parameter', f'alpha {alpha}, delta {delta}, vote {need} of {of}', '0 <= alpha < 1, 0 <= delta < 1, 1 <= need <= of')
-        self.alpha, self.delta, self.need, self.threshold = alpha, delta, need, threshold
-        self.probs, self.leader, self.shown, self.votes = None, None, None, deque(maxlen=of)
+        if average not in ('ema', 'one_euro'): raise FerError('bad_parameter', f'average {average!r}', "'ema' or 'one_euro'")
+        self.alpha, self.delta, self.need, self.of, self.threshold = alpha, delta, need, of, threshold
+        self.filter = OneEuro(min_cutoff, beta, shared=True) if average == 'one_euro' else None
+        self.probs, self.leader, self.shown, self.votes = None, None, None, deque()
 
-    def update(self, probs:np.ndarray # (7,) this frame's probabilities, in the order of CLASSES
-              )->Stable:              # what to show
+    def _average(self, p, dt):
+        if self.filter: return self.filter.update(p, dt)
+        a = self.alpha if dt == STEP else self.alpha**(dt/STEP)
+        return p if self.probs is None else a*self.probs + (1 - a)*p
+
+    def _votes(self, dt):
+        "Votes of the leader, this frame's included, in frames of 1/25 second; what is too old goes."
+        self.votes.append((self.leader, min(dt/STEP, max(1., self.need/2))))
+        total = sum(w for _, w in self.votes)
+        while total - self.votes[0][1] >= self.of - 1e-6: total -= self.votes.popleft()[1]
+        while total > self.of + 1e-6:  # the oldest frame lies half in the window
+            c, w = self.votes.popleft()
+            self.votes.appendleft((c, w - (total - self.of))); total = self.of
+        return sum(w for c, w in self.votes if c == self.leader)
+
+    def update(self, probs:np.ndarray, # (7,) this frame's probabilities, in the order of CLASSES
+               dt:float=STEP           # seconds since the last frame
+              )->Stable:               # what to show
         "Take in one frame."
         p = np.asarray(probs, float)
         if p.shape != (N_CLASSES,): raise FerError('bad_parameter', f'probabilities of shape {p.shape}', f'pass {N_CLASSES} values')
-        self.probs = p if self.probs is None else self.alpha*self.probs + (1 - self.alpha)*p
+        self.probs = self._average(p, max(dt, 0))
         best = int(self.probs.argmax())
         if self.leader is None or self.probs[best] > self.probs[self.leader] + self.delta: self.leader = best
-        self.votes.append(self.leader)
-        if self.shown is None or self.votes.count(self.leader) >= self.need: self.shown = self.leader
+        votes = self._votes(max(dt, 0))
+        if self.shown is None or votes >= self.need - 1e-6: self.shown = self.leader
         confidence = float(self.probs[self.shown])
         return Stable(CLASSES[self.shown], self.probs, confidence, confidence < self.threshold)
 
-# %% ../../nbs/live/stabilise.ipynb #c013
+# %% ../../nbs/live/stabilise.ipynb #c017
+class PerFace:
+    "One object of some kind for each track id, with the seconds since it was last asked for."
+    def __init__(self, make, # called without arguments for a new face
+                 gap:float=1.): # seconds away after which a face starts anew
+        self.make, self.gap, self.faces, self._seen, self._t = make, gap, {}, {}, 0.
+
+    def at(self, ids,        # (n,) track ids of this frame
+           t:float|None=None, # time of the frame, ms; None = 1/25 s after the last
+           alive=None        # ids that may come back, as `Tracker.ids`; None = forget nobody
+          )->list[tuple]:    # (object, seconds since its last frame), id by id
+        "The objects of a frame's faces."
+        self._t = self._t + STEP if t is None else t/1000
+        if alive is not None and len(self.faces) > len(ids):
+            for i in set(self.faces) - set(alive): del self.faces[i], self._seen[i]
+        return [self._one(int(i)) for i in ids]
+
+    def _one(self, i):
+        dt = self._t - self._seen.get(i, self._t - STEP)
+        if i not in self.faces or not -STEP < dt <= self.gap: self.faces[i], dt = self.make(), STEP
+        self._seen[i] = self._t
+        return self.faces[i], round(max(dt, 0.), 9)
+
 class Stabilisers:
     "A stabiliser for each face, by track id."
     def __init__(self, **options): # options of `Stabiliser`
         Stabiliser(**options)  # wrong options fail here, not at the first face
-        self.options, self.faces = options, {}
+        self.options, self._of = options, PerFace(lambda: Stabiliser(**options))
+
+    @property
+    def faces(self)->dict: # id -> `Stabiliser`
+        "The stabilisers of the faces that are known."
+        return self._of.faces
 
     def update(self, ids,          # (n,) track ids
                probs:np.ndarray,   # (n, 7) this frame's probabilities
-               alive=None          # ids that may come back, as `Tracker.ids`; None = forget nobody
+               alive=None,         # ids that may come back, as `Tracker.ids`; None = forget nobody
+               t:float|None=None   # time of the frame, ms; None = 1/25 s after the last
               )->list[Stable]:     # what to show, face by face
         "Take in one frame's faces."
-        if alive is not None:
-            for i in set(self.faces) - set(alive): del self.faces[i]
-        return [self.faces.setdefault(int(i), Stabiliser(**self.options)).update(p) for i, p in zip(ids, probs)]
+        return [s.update(p, dt) for (s, dt), p in zip(self._of.at(ids, t, alive), probs)]
+
+class SteadyBoxes:
+    "Boxes without a detector's tremble: a One-Euro filter on centre and size of each face."
+    def __init__(self,
+        min_cutoff:float=1.5, # cutoff at rest, Hz
+        beta:float=6.,        # Hz per box size a second
+    ):
+        self._of = PerFace(lambda: OneEuro(min_cutoff, beta, d_cutoff=2.))
+
+    def update(self, ids,         # (n,) track ids
+               boxes:np.ndarray,  # (n, 4) x, y, w, h
+               alive=None,        # as of `Stabilisers.update`
+               t:float|None=None  # time of the frame, ms; None = 1/25 s after the last
+              )->np.ndarray:      # (n, 4) x, y, w, h
+        "Take in one frame's boxes."
+        out = np.array(boxes, float).reshape(-1, 4)
+        out[:, :2] += out[:, 2:]/2
+        for row, (f, dt) in zip(out, self._of.at(ids, t, alive)): row[:] = f.update(row, dt, max(1., math.sqrt(row[2]*row[3])))
+        out[:, :2] -= out[:, 2:]/2
+        return out
 
 def stabilise(probs:np.ndarray, # (t, 7) one face's probabilities, frame by frame
+              times=None,       # (t,) ms; None = 25 frames a second
               **options         # options of `Stabiliser`
              )->list[Stable]:   # (t,) what is shown
     "Stabilise a recorded sequence of one face."
     s = Stabiliser(**options)
-    return [s.update(p) for p in probs]
+    dt = np.full(len(probs), STEP) if times is None else np.diff(times, prepend=times[0] - 1000*STEP)/1000 if len(probs) else []
+    return [s.update(p, float(d)) for p, d in zip(probs, dt)]
 
-# %% ../../nbs/live/stabilise.ipynb #c016
+# %% ../../nbs/live/stabilise.ipynb #c020
 def count_flips(labels, # sequence of labels; 'abstain', '' and None are skipped
                )->int:  # changes
     "Label changes in a sequence."

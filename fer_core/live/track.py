@@ -44,49 +44,79 @@ def match(score:np.ndarray, # (n, m) affinities, 0 = impossible
 # %% ../../nbs/live/track.ipynb #c010
 class Tracker:
     "Stable ids for the boxes of consecutive frames."
+    discount = .7  # of the affinity to where a track was, against where its motion leads
     def __init__(self,
-        max_age:int=15,  # updates a face may be missing before its id is given up; 15 = 0.6 s at 25 frames/s
-        least:float=.25, # least affinity of two boxes of one face, 0..2
+        max_age:float=15,  # frames of 1/25 s for which a missing face is looked for along its motion
+        least:float=.25,   # least affinity of two boxes of one face, 0..2
+        memory:float=5.,   # seconds for which a face that left may come back to its id; 0 = it may not
+        reach:float=1.2,   # how near to where it left, in box sizes
+        pair=match,        # (n, m) affinities -> pairs (row, column)
     ):
-        self.max_age, self.least = max_age, least
+        self.max_age, self.least, self.memory, self.reach, self.pair = max_age, least, memory, reach, pair
         self.reset()
 
     def reset(self):
         "Forget all tracks; ids start at 1 again."
-        self._next, self._ids = 1, np.empty(0, int)
-        self._boxes, self._move, self._age = np.empty((0, 4)), np.empty((0, 2)), np.empty(0, int)
+        self._next, self._t, self._ids = 1, None, np.empty(0, int)
+        self._boxes, self._move, self._age = np.empty((0, 4)), np.empty((0, 2)), np.empty(0)
 
     @property
-    def ids(self)->list[int]: # ids that are seen, or missing for at most max_age updates
+    def ids(self)->list[int]: # ids that are seen, or may come back
         "The ids that are alive."
         return self._ids.tolist()
 
-    def update(self, boxes:np.ndarray # (n, 4) x, y, w, h of this frame's faces
-              )->np.ndarray:          # (n,) int64 ids, from 1
+    def update(self, boxes:np.ndarray, # (n, 4) x, y, w, h of this frame's faces
+               t:float|None=None       # time of the frame, ms; None = 1/25 s after the last
+              )->np.ndarray:           # (n,) int64 ids, from 1
         "Give each box of a frame its id."
         boxes = np.asarray(boxes, float).reshape(-1, 4)
-        guess = self._boxes + np.c_[self._move*(self._age[:, None] + 1), np.zeros((len(self._boxes), 2))]
-        score = np.maximum(affinity(self._boxes, boxes), affinity(guess, boxes))
-        pairs = match(np.where(score >= self.least, score, 0))
-        self._age += 1
-        ids = np.zeros(len(boxes), int)
-        for i, j in pairs:
-            self._move[i] = .5*self._move[i] + .5*(boxes[j, :2] - self._boxes[i, :2])/self._age[i]
-            self._boxes[i], self._age[i], ids[j] = boxes[j], 0, self._ids[i]
-        self._add(boxes, ids)
-        self._keep(self._age <= self.max_age)
+        self._age += 1. if t is None or self._t is None else max((t - self._t)/40, 1e-3)
+        if (late := self._late()).any(): self._keep(~late)
+        self._t, ids = t, np.zeros(len(boxes), int)
+        if len(ids) and len(self._ids):
+            self._take(self.pair(self._alike(boxes)), boxes, ids)
+            if self.memory and not ids.all(): self._take(self.pair(self._returned(boxes, ids)), boxes, ids)
+        if not ids.all(): self._add(boxes, ids)
         return ids
+
+    def _late(self):
+        "Who is away for too long, or is not among the latest 64 to be missed."
+        late = self._age > max(self.max_age, self.memory*25)
+        if len(late) > 64: late |= self._age > max(np.partition(self._age, 64)[64], self.max_age)
+        return late
+
+    def _alike(self, boxes):
+        "Affinity of the tracks that are seen or hidden, along their motion or where they were."
+        n, guess = len(self._boxes), self._boxes.copy()
+        guess[:, :2] += self._move*np.minimum(self._age, self.max_age)[:, None]
+        score = affinity(np.concatenate([guess, self._boxes]), boxes)
+        score = np.maximum(score[:n], self.discount*score[n:])
+        return np.where((score >= self.least) & (self._age <= self.max_age)[:, None], score, 0)
+
+    def _returned(self, boxes, ids):
+        "Nearness of the new boxes to where tracks were lost."
+        size, sizes = (np.sqrt(x[:, 2:].prod(1).clip(1e-9)) for x in (self._boxes, boxes))
+        centre, centres = (x[:, :2] + x[:, 2:]/2 for x in (self._boxes, boxes))
+        near = 1 - np.linalg.norm(centre[:, None] - centres, axis=-1)/(self.reach*(size[:, None] + sizes)/2)
+        ratio = size[:, None]/sizes
+        return np.where((near > 0) & (ratio < 1.5) & (ratio > 1/1.5) & ~np.isin(self._ids, ids)[:, None] & (ids == 0), near, 0)
+
+    def _take(self, pairs, boxes, ids):
+        for i, j in pairs:
+            step = (boxes[j, :2] + boxes[j, 2:]/2 - self._boxes[i, :2] - self._boxes[i, 2:]/2)/self._age[i]
+            self._move[i] = .5*self._move[i] + .5*step if self._age[i] <= self.max_age else 0
+            self._boxes[i], self._age[i], ids[j] = boxes[j], 0, self._ids[i]
 
     def _add(self, boxes, ids):
         new = np.flatnonzero(ids == 0)
         ids[new] = range(self._next, self._next + len(new))
         self._next += len(new)
-        self._ids, self._age = np.r_[self._ids, ids[new]], np.r_[self._age, np.zeros(len(new), int)]
+        self._ids, self._age = np.r_[self._ids, ids[new]], np.r_[self._age, np.zeros(len(new))]
         self._boxes, self._move = np.r_[self._boxes, boxes[new]], np.r_[self._move, np.zeros((len(new), 2))]
 
     def _keep(self, alive): self._ids, self._age, self._boxes, self._move = (x[alive] for x in (self._ids, self._age, self._boxes, self._move))
 
-# %% ../../nbs/live/track.ipynb #c015
+# %% ../../nbs/live/track.ipynb #c018
 _GRID = np.stack(np.meshgrid(np.linspace(.2, .8, 6), np.linspace(.2, .8, 6)), -1).reshape(-1, 2)
 _LK = dict(winSize=(15, 15), maxLevel=3, criteria=(cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 10, .03))
 
