@@ -21,7 +21,7 @@ __all__ = ['FORMAT', 'METADATA', 'make_metadata', 'strip_notes', 'pool_globally'
 # %% ../../nbs/compress/export.ipynb #c004
 FORMAT = 'fer_core/1'
 METADATA = ('format', 'class_order', 'preprocess', 'input_size', 'colour_order', 'mean', 'std', 'clahe', 'temperature', 'abstention_threshold', 'licence', 'run_id',
-            'weights_sha256', 'precision', 'looks', 'calibration_sha256', 'calibration_n', 'calibration_method', 'float_nodes', 'scaling')  # every key a file of ours may carry
+            'weights_sha256', 'precision', 'looks', 'calibration_sha256', 'calibration_n', 'calibration_method', 'float_nodes', 'scaling', 'reference')  # every key a file of ours may carry
 _OF_THE_GRAPH = ('format', 'class_order', 'preprocess', 'input_size', 'colour_order', 'mean', 'std', 'clahe', 'precision', 'looks', 'scaling')  # fixed by graph and weights: never rewritten
 
 def _checked(temperature, threshold):
@@ -33,7 +33,7 @@ def _checked(temperature, threshold):
 def make_metadata(spec:Preprocess,       # preprocessing the weights were trained with
                   temperature:float=1.,  # divides logits before the softmax, > 0
                   threshold:float=.35,   # abstain below this confidence, 0..1
-                  **more                 # licence, run_id, weights_sha256, precision, looks
+                  **more                 # licence, run_id, weights_sha256, precision, looks, reference
                  )->dict[str, str]:      # the file's metadata
     "Everything an ONNX file of ours says about itself."
     T, threshold = _checked(temperature, threshold)

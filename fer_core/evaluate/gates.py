@@ -13,8 +13,8 @@ from ..labels import CLASSES
 
 # %% auto #0
 __all__ = ['GATES', 'MILESTONES', 'evaluate_gates', 'evidence_of', 'gates_passed', 'gate_table', 'require_comparable', 'rarest',
-           'mean_f1', 'ensemble_evidence', 'student_evidence', 'int8_evidence', 'parity_evidence', 'phase_evidence',
-           'phase_adopted']
+           'mean_f1', 'ensemble_evidence', 'student_evidence', 'prune_evidence', 'int8_evidence', 'parity_evidence',
+           'replay_evidence', 'phase_evidence', 'phase_adopted']
 
 # %% ../../nbs/evaluate/gates.ipynb #c005
 GATES = read_rules('gates')  # acceptance rules of this pipeline
@@ -139,6 +139,18 @@ def student_evidence(student:dict,  # its metrics
             'student.size_ratio': _item(ensemble_params/student_params, f'{ensemble_params:,} / {student_params:,} parameters')}
 
 # %% ../../nbs/evaluate/gates.ipynb #c020
+def prune_evidence(pruned:dict,   # metrics of the pruned model, after its recovery
+                   whole:dict,    # metrics of the model it was cut from, on the same rows
+                   size:dict,     # of the pruned model: params and macs (multiply-adds of one face)
+                   whole_size:dict # of the other
+                  )->dict:        # evidence of G-prune
+    "What G-prune asks for."
+    require_comparable(pruned, whole, ('the pruned model', 'the model it was cut from'))
+    def gone(k): return _item(1 - size[k]/whole_size[k], f'1 − {size[k]:,} / {whole_size[k]:,}')
+    return {'prune.params_cut': gone('params'), 'prune.flops_cut': gone('macs'),
+            'prune.macro_f1_drop': _item(whole['macro_f1'] - pruned['macro_f1'], f'{whole["macro_f1"]:.4f} − {pruned["macro_f1"]:.4f}; {_origin(pruned)}', **_of(pruned))}
+
+# %% ../../nbs/evaluate/gates.ipynb #c023
 def int8_evidence(int8:dict, # metrics of the quantised model
                   fp32:dict, # metrics of the float model on the same rows
                   int8_ms:float|None=None, # median latency, ms; None = not measured
@@ -163,7 +175,22 @@ def parity_evidence(reference, # (n, 7) logits of the torch model
     where = '; '.join(filter(None, [origin, f'n = {len(a):,}']))
     return {'parity.top1_agreement': _item((predictions_of(a) == predictions_of(b)).mean(), where, split, len(a)), 'parity.max_abs_logit': _item(np.abs(a - b).max(), where, split, len(a))}
 
-# %% ../../nbs/evaluate/gates.ipynb #c021b
+# %% ../../nbs/evaluate/gates.ipynb #c026
+def replay_evidence(candidate:dict, # its figures of `live.replay`: macro_f1 (with smoothed) or None, labelled, flips_per_minute (with smoothed), faces
+                    baseline:dict,  # those of the model in use, on the same session
+                    session:str=''  # what was replayed, for the report
+                   )->dict:         # evidence of G-replay
+    "What G-replay asks for."
+    same = [k for k in ('faces', 'labelled') if candidate[k] != baseline[k]]
+    if same: raise FerError('bad_parameter', f'candidate and baseline saw {" and ".join(f"{candidate[k]} and {baseline[k]} {k}" for k in same)}', 'replay one session through both')
+    faces, labelled = candidate['faces'], candidate['labelled']
+    (a, b), (c, d) = [m['macro_f1']['smoothed'] if m['macro_f1'] else None for m in (candidate, baseline)], [m['flips_per_minute']['smoothed'] for m in (candidate, baseline)]
+    where = f'{session}; ' if session else ''
+    f1 = _item(None, f'{where}no face of the session has a label, so whether the labels shown got better or worse is not known') if a is None or b is None else _item(a - b, f'{a:.4f} − {b:.4f}; {where}n = {labelled:,} labelled faces', n=labelled)
+    flips = _item(None, f'{where}no faces were found') if c is None or d is None else _item(c - d, f'{c:.2f} − {d:.2f} a minute; {where}n = {faces:,} faces', n=faces)
+    return {'replay.macro_f1_change': f1, 'replay.flips_change': flips}
+
+# %% ../../nbs/evaluate/gates.ipynb #c029
 def phase_evidence(kd:dict,   # test metrics of the KD student
                    teachers:dict[str, dict], # name -> metrics on the same rows
                    adopted:bool|None=None, # whether DKD was adopted over it; None = there was no such phase
@@ -176,7 +203,7 @@ def phase_evidence(kd:dict,   # test metrics of the KD student
     found = {'kd.of_teacher': _item(a/b if b else None, f'{a:.4f} / {b:.4f} ({best}); {_origin(kd)}', **_of(kd))}
     return found if adopted is None or judged is None else found | {'dkd.adopted': _item(adopted, _origin(judged), **_of(judged))}
 
-# %% ../../nbs/evaluate/gates.ipynb #c023
+# %% ../../nbs/evaluate/gates.ipynb #c032
 def phase_adopted(old:dict, # metrics of the model that stands
                   new:dict, # metrics of the candidate on the same rows
                   rare_classes, # class names, e.g. `rarest(priors)`
