@@ -22,9 +22,9 @@ from .heads import make_head
 import fer_core.models.resemotenet # noqa: F401 (timm knows its four names from here on)
 
 # %% auto #0
-__all__ = ['ModelConfig', 'limit_stride', 'make_backbone', 'fit_input', 'Classifier', 'tokens', 'with_projector', 'read_weights',
-           'match_names', 'load_pretrained', 'refit_batchnorm', 'calm_residuals', 'save_model', 'load_model',
-           'model_size']
+__all__ = ['ModelConfig', 'limit_stride', 'make_backbone', 'fit_input', 'PrunedConfig', 'shape_like', 'smaller', 'Classifier',
+           'tokens', 'with_projector', 'read_weights', 'match_names', 'load_pretrained', 'refit_batchnorm',
+           'calm_residuals', 'save_model', 'load_model', 'multiply_adds', 'model_size']
 
 # %% ../../nbs/models/backbones.ipynb #c004
 def _frozen(x): return tuple(map(_frozen, x)) if isinstance(x, (list, tuple)) else x
@@ -55,6 +55,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, d): # what `asdict` gave, perhaps through JSON
         "The config stored with a model."
+        cls = PrunedConfig if 'shapes' in d else cls
         known = {f.name for f in fields(cls)}
         if set(d) - known: raise FerError('corrupt_artifact', f'model config has unknown keys {sorted(set(d) - known)}', 'use the fer_core version that wrote it')
         return cls(**d)
@@ -84,7 +85,7 @@ def limit_stride(net:nn.Module,    # CNN backbone
             if isinstance(m, nn.AvgPool2d) and _is_shortcut(n): m.kernel_size = m.stride = 1 # ResNet-D strides there
     return net
 
-# %% ../../nbs/models/backbones.ipynb #c006b
+# %% ../../nbs/models/backbones.ipynb #c007
 def _open_stem(net):
     "Take the first stride out."
     name, first = next(((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)), (None, None))
@@ -115,7 +116,59 @@ def fit_input(config:ModelConfig, # model config
     if given is None or not given.fixed_input_size or 'img_size' in dict(config.options): return config
     return replace(config, options=(*config.options, ('img_size', size)))
 
-# %% ../../nbs/models/backbones.ipynb #c007
+# %% ../../nbs/models/backbones.ipynb #c011
+@dataclass(frozen=True)
+class PrunedConfig(ModelConfig):
+    "Everything needed to build a pruned classifier again."
+    shapes: tuple = ()           # (name, shape) of the tensors that are smaller than the backbone's own
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, 'shapes', _frozen(self.shapes))
+
+_FOLLOW = ('bias', 'running_mean', 'running_var') # have as many entries as their weight has rows
+
+def _cut(module, name, shape):
+    t = getattr(module, name)
+    less = t.detach()[tuple(map(slice, shape))].clone()
+    setattr(module, name, nn.Parameter(less, t.requires_grad) if isinstance(t, nn.Parameter) else less)
+
+def _tell(m):
+    "A module's own numbers, from its weight."
+    out, into = (*m.weight.shape, 0)[:2]
+    if isinstance(m, nn.Conv2d):
+        if m.groups > 1 and m.groups == m.in_channels: m.groups = out//(m.out_channels//m.in_channels) # depthwise
+        m.out_channels, m.in_channels = out, into*m.groups
+    elif isinstance(m, nn.Linear): m.out_features, m.in_features = out, into
+    elif isinstance(m, nn.BatchNorm2d): m.num_features = out
+    elif isinstance(m, nn.LayerNorm): m.normalized_shape = tuple(m.weight.shape)
+
+def _fits(shape, old): return len(shape) == len(old) and all(type(a) is int and 0 < a <= b for a, b in zip(shape, old)) and tuple(shape[2:]) == tuple(old[2:])
+
+def shape_like(model:nn.Module, # classifier, in place
+               shapes           # (name, shape) of tensors that are smaller
+              )->nn.Module:     # the same
+    "Cut a network's tensors to shapes; what they follow from is told."
+    own = model.state_dict()
+    for name, shape in shapes:
+        if name not in own or not _fits(shape, own[name].shape): raise FerError('corrupt_artifact', f'the pruned network asks for {name} of shape {tuple(shape)}, its backbone has {tuple(own[name].shape) if name in own else "none"} there', 'config.json is damaged, or of another version of timm')
+        path, _, tensor = name.rpartition('.')
+        module = model.get_submodule(path)
+        _cut(module, tensor, shape)
+        if tensor != 'weight': continue
+        for k in _FOLLOW:
+            if getattr(module, k, None) is not None: _cut(module, k, shape[:1])
+        _tell(module)
+    return model
+
+def smaller(ours:dict, # state dict of a pruned network
+            whole:dict # state dict of the network it was
+           )->tuple:   # (name, shape) as `shape_like` reads them
+    "The shapes to store of a pruned network."
+    def follows(k): return k.rpartition('.')[2] in _FOLLOW and k.rpartition('.')[0] + '.weight' in ours
+    return tuple((k, tuple(v.shape)) for k, v in ours.items() if v.shape != whole[k].shape and not follows(k))
+
+# %% ../../nbs/models/backbones.ipynb #c012
 class Classifier(nn.Module):
     "Backbone and head; `forward(x, targets)` applies ArcFace's margin in training."
     def __init__(self, config:ModelConfig, hub:bool=False):
@@ -125,6 +178,7 @@ class Classifier(nn.Module):
         width = self.backbone.head_hidden_size if hasattr(self.backbone, 'head_hidden_size') else self.backbone.num_features
         more = {'linear': {}, 'cosine': {'s': config.s}}.get(config.head, {'s': config.s, 'm': config.m})
         self.head = make_head(config.head, width, N_CLASSES, **more)
+        if isinstance(config, PrunedConfig): width = shape_like(self, config.shapes).head.weight.shape[1]
         if config.hint: self.projector = nn.Linear(width, config.hint)
 
     def rescale(self, x:torch.Tensor # (n, channels, side, side) normalised by the data's spec
@@ -153,14 +207,14 @@ class Classifier(nn.Module):
         last, maps = self.backbone.forward_intermediates(self.rescale(x))
         return self.head(self.dropout(self.backbone.forward_head(last))), [m.flatten(2).transpose(1, 2) for m in maps]
 
-# %% ../../nbs/models/backbones.ipynb #c008e
+# %% ../../nbs/models/backbones.ipynb #c015
 def tokens(model:Classifier, # classifier
            x:torch.Tensor    # (n, channels, side, side)
           )->list[torch.Tensor]: # (n, tokens, width) of each stage that timm tells; a CNN's stem may be the first, a ViT's stages are its blocks
     "Features of every stage: one token a place, row by row; no class token."
     return model.with_tokens(x)[1]
 
-# %% ../../nbs/models/backbones.ipynb #c008b
+# %% ../../nbs/models/backbones.ipynb #c018
 def with_projector(model:Classifier, # a classifier
                    width:int,        # of the teacher embedding; 0 takes the projector off
                    seed:int=0        # initialisation
@@ -172,7 +226,7 @@ def with_projector(model:Classifier, # a classifier
     new.load_state_dict(state, strict=False)
     return new.train(model.training)
 
-# %% ../../nbs/models/backbones.ipynb #c010
+# %% ../../nbs/models/backbones.ipynb #c021
 def read_weights(path # .safetensors, .pth or .pt file holding a state dict
                 )->dict[str, torch.Tensor]: # name -> tensor
     "A state dict from a file, without running any code of it."
@@ -217,7 +271,7 @@ def load_pretrained(net:nn.Module, # backbone
     net.load_state_dict(state, strict=False)
     return {'loaded': len(state), 'missing': [k for k in ours if k not in state], 'unexpected': [k for k in theirs if k not in state], 'resized': [k for k in resized if k in state]}
 
-# %% ../../nbs/models/backbones.ipynb #c012
+# %% ../../nbs/models/backbones.ipynb #c024
 @torch.no_grad()
 def refit_batchnorm(net:nn.Module,  # network whose BN layers hold unit statistics
                     x:torch.Tensor, # (n, channels, side, side) a few hundred real faces, as the network gets them
@@ -237,7 +291,7 @@ def refit_batchnorm(net:nn.Module,  # network whose BN layers hold unit statisti
     net.train(training)
     return len(layers)
 
-# %% ../../nbs/models/backbones.ipynb #c012c
+# %% ../../nbs/models/backbones.ipynb #c027
 def calm_residuals(net:nn.Module # network with timm's inverted residuals
                   )->int:        # blocks that now start at the identity
     "Let every inverted residual with a shortcut begin as the identity."
@@ -245,7 +299,7 @@ def calm_residuals(net:nn.Module # network with timm's inverted residuals
     for bn in last: nn.init.zeros_(bn.weight)
     return len(last)
 
-# %% ../../nbs/models/backbones.ipynb #c015
+# %% ../../nbs/models/backbones.ipynb #c030
 def save_model(folder,           # run or release folder
                model:Classifier, # model
                spec:Preprocess,  # its preprocessing
@@ -271,16 +325,31 @@ def load_model(folder # folder with config.json and its weights
     if sha256_file(path) != config['weights_sha256']: raise FerError('hash_mismatch', f'{path} differs from the sha256 in config.json (a truncated or foreign file?)')
     if tuple(config['class_order']) != CLASSES: raise FerError('class_order_mismatch', f'{folder}/config.json has class order {config["class_order"]}')
     model = Classifier(ModelConfig.from_dict(config['model']))
-    model.load_state_dict(read_weights(path))
-    return model.eval(), Preprocess.from_dict(config['preprocess']), config
+    try: model.load_state_dict(read_weights(path))
+    except RuntimeError as e: raise FerError('corrupt_artifact', f'{path} is not of the network in {folder}/config.json ({" ".join(str(e).split())[:160]})', 'both files must be of one run') from None
+    spec = Preprocess.from_dict(config['preprocess'])
+    if isinstance(model.config, PrunedConfig): _check_joints(model.eval(), spec, folder)
+    return model.eval(), spec, config
 
-# %% ../../nbs/models/backbones.ipynb #c018
+@torch.no_grad()
+def _check_joints(model, spec, folder):
+    "One grey picture through a pruned network: layers that do not fit each other are an error now, not at the first face."
+    try: model(torch.zeros(1, spec.channels, spec.size, spec.size))
+    except RuntimeError as e: raise FerError('corrupt_artifact', f'the layers of the pruned network in {folder} do not fit each other ({" ".join(str(e).split())[:160]})', 'prune again') from None
+
+# %% ../../nbs/models/backbones.ipynb #c035
+def multiply_adds(model:nn.Module, # model
+                  spec:Preprocess  # its input
+                 )->int:           # of one face
+    "Multiply-adds of convolutions and matrix products."
+    was = model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: model.eval()(torch.zeros(1, spec.channels, spec.size, spec.size, device=next(model.parameters()).device))
+    model.train(was)
+    return counter.get_total_flops()//2
+
 def model_size(model:nn.Module, # model
                spec:Preprocess  # its input
               )->dict:          # params, megabytes (fp32), mmacs (convolutions and matrix products, one face)
     "Parameters, fp32 megabytes and millions of multiply-adds; a projector is not counted."
-    was = model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter: model.eval()(torch.zeros(1, spec.channels, spec.size, spec.size, device=next(model.parameters()).device))
-    model.train(was)
     n = sum(p.numel() for name, p in model.named_parameters() if not name.startswith('projector.'))
-    return {'params': n, 'megabytes': round(4*n/2**20, 2), 'mmacs': round(counter.get_total_flops()/2e6, 1)}
+    return {'params': n, 'megabytes': round(4*n/2**20, 2), 'mmacs': round(multiply_adds(model, spec)/1e6, 1)}

@@ -109,7 +109,7 @@ UNUSED = {'ce': (*_SOFT, *_INSIDE, *_DKD, 'sure', 'peer'), 'kd': (*_DKD, 'erase'
 @patch_to(Pipeline)
 def gates(self)->pd.DataFrame:
     "All verdicts of the path; a gate nobody judged fails as missing."
-    verdicts = [v for f in (self.ensemble, self.calibration, self.compressed, self.benchmark) for v in Run(f).manifest.gates]
+    verdicts = [v for f in (self.ensemble, *self.students, self.calibration, self.compressed, self.benchmark) for v in Run(f).manifest.gates]
     seen = {v['rule'] for v in verdicts}
     verdicts += [v for v in rules.evaluate_gates({}) if v['rule'] not in seen]
     self.run.record(gates=verdicts)
@@ -147,7 +147,7 @@ def evidence(self)->dict: # metric -> {'value', 'from', 'split', 'n'}
     "All that the path measured for gates and milestones; also written into the run."
     teachers, priors = {self.name(t): _test(t) for t in self.teachers}, self.dataset['priors']
     sizes = [Run(f).manifest.compression['params'] for f in (self.student, *self.teachers)]
-    found = rules.evidence_of([v for f in (self.compressed, self.benchmark) for v in Run(f).manifest.gates])
+    found = rules.evidence_of([v for f in (*self.students, self.compressed, self.benchmark) for v in Run(f).manifest.gates])
     found |= rules.ensemble_evidence(self.metrics['ensemble'], teachers, priors) | rules.student_evidence(self.metrics['student'], self.metrics['ensemble'], sizes[0], sum(sizes[1:]), priors)
     phase = {Run(s).manifest.parameters['phase']: s for s in self.students}
     if 'kd' in phase:

@@ -13,7 +13,7 @@ __all__ = ['STAGES', 'stage_notebook', 'parameters', 'resolve', 'fingerprint', '
            'run_stage']
 
 # %% ../../nbs/runs/stage.ipynb #c004
-STAGES = ('curate', 'pretrain', 'teacher', 'ensemble', 'student', 'calibrate', 'shift', 'compress', 'benchmark', 'compare', 'sweep', 'errors', 'thesis')  # in pipeline order
+STAGES = ('curate', 'pretrain', 'teacher', 'ensemble', 'student', 'prune', 'calibrate', 'shift', 'compress', 'benchmark', 'compare', 'sweep', 'errors', 'thesis')  # in pipeline order
 
 def stage_notebook(stage:str # stage name
                   )->Path:   # its source notebook
