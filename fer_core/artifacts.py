@@ -4,16 +4,18 @@
 
 # %% ../nbs/artifacts.ipynb #c002
 from __future__ import annotations
-import contextlib, errno, fcntl, hashlib, json, math, os, platform, subprocess, sys, tempfile, time, uuid
+import contextlib, errno, fcntl, hashlib, json, math, os, platform, shutil, subprocess, sys, tempfile, time, uuid
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 # %% auto #0
-__all__ = ['FAILURES', 'HASHES', 'Failure', 'FerError', 'failure_code', 'atomic_path', 'write_bytes', 'write_text', 'write_json',
-           'read_json', 'sha256_bytes', 'sha256_file', 'hashed_files', 'write_hashes', 'verify_hashes', 'environment',
-           'git_state', 'utc_now', 'run_manifest_model', 'Run', 'patch_to', 'new_run_folder', 'parent', 'parent_folder']
+__all__ = ['FAILURES', 'HASHES', 'SIGNATURE', 'PUBLIC_KEY', 'RELEASE_FORMAT', 'Failure', 'FerError', 'failure_code',
+           'atomic_path', 'write_bytes', 'write_text', 'write_json', 'read_json', 'sha256_bytes', 'sha256_file',
+           'hashed_files', 'write_hashes', 'verify_hashes', 'atomic_folder', 'fingerprint', 'make_key', 'seal',
+           'verify_folder', 'is_release', 'environment', 'git_state', 'utc_now', 'run_manifest_model', 'Run',
+           'patch_to', 'new_run_folder', 'parent', 'parent_folder']
 
 # %% ../nbs/artifacts.ipynb #c004
 class Failure(NamedTuple):
@@ -112,10 +114,12 @@ def _plain(x):
     if isinstance(x, float) and not math.isfinite(x): return None
     return x
 
+def _json(obj): return json.dumps(_plain(obj), indent=2, ensure_ascii=False) + '\n'
+
 def write_json(path, # target path
                obj): # anything JSON-like; numpy, paths and pydantic models are converted
     "Write indented JSON atomically."
-    write_text(path, json.dumps(_plain(obj), indent=2, ensure_ascii=False) + '\n')
+    write_text(path, _json(obj))
 
 # %% ../nbs/artifacts.ipynb #c013
 def read_json(path, # JSON file
@@ -162,6 +166,123 @@ def verify_hashes(folder # folder of artifacts with a hash manifest
     return state | {name: 'unlisted' for name in have if name not in want}
 
 # %% ../nbs/artifacts.ipynb #c020
+def _flush(path):
+    "Have the system write a file or a folder's entries to the disk."
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+@contextlib.contextmanager
+def atomic_folder(path # folder to make; it must not be there, or be empty
+                 ):
+    "Yield a temporary neighbour of `path` to fill; on success it is flushed and renamed to `path`, on failure removed."
+    path = Path(os.path.abspath(path))
+    there = FerError('bad_parameter', f'{path} is there already', 'name a new folder, or delete that one first')
+    if path.is_symlink() or path.exists() and not (path.is_dir() and not any(path.iterdir())): raise there
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name}-', suffix='.tmp'))
+    try:
+        yield tmp
+        for p in (*tmp.rglob('*'), tmp): _flush(p)
+        tmp.chmod(0o755)
+        try: os.replace(tmp, path)
+        except OSError as e: raise (there if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) else e) from None  # somebody was faster
+        _flush(path.parent)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
+
+# %% ../nbs/artifacts.ipynb #c023
+SIGNATURE, PUBLIC_KEY = 'hash_manifest.sig', 'public_key.pem'  # the signature (64 bytes) over HASHES, and the key that checks it
+
+def _signing():
+    try: from cryptography.hazmat.primitives import serialization
+    except ImportError: raise FerError('bad_parameter', 'signatures need the package cryptography', "pip install 'fer_core[sign]'") from None
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+    return serialization, ed25519
+
+def _load_key(path, private):
+    serialization, ed25519 = _signing()
+    if not Path(path).is_file(): raise FerError('missing_file', f'key {path} is not there')
+    data, kind = Path(path).read_bytes(), 'private' if private else 'public'
+    try: key = serialization.load_pem_private_key(data, None) if private else serialization.load_pem_public_key(data)
+    except (ValueError, TypeError) as e: raise FerError('corrupt_artifact', f'{path} is no {kind} key in PEM form without a password ({str(e).splitlines()[0][:80]})', 'make one with fer release --make-key') from None
+    if not isinstance(key, ed25519.Ed25519PrivateKey if private else ed25519.Ed25519PublicKey): raise FerError('bad_parameter', f'{path} is no Ed25519 key', 'make one with fer release --make-key')
+    return key
+
+def _public_pem(key):
+    serialization, _ = _signing()
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+def fingerprint(path # public key file
+               )->str: # hex sha256 of the 32 bytes of the key
+    "What a key is compared by."
+    return sha256_bytes(_load_key(path, False).public_bytes_raw())
+
+def make_key(path # file for the private key; the public one goes beside it as PATH.pub
+            )->str: # fingerprint
+    "Make an Ed25519 key pair; only the owner may read the private key, and none is overwritten."
+    serialization, ed25519 = _signing()
+    path, key = Path(path), ed25519.Ed25519PrivateKey.generate()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try: fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError: raise FerError('bad_parameter', f'{path} is there already', 'a key is never overwritten: name another file') from None
+    with open(fd, 'wb') as f: f.write(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    write_bytes(f'{path}.pub', _public_pem(key.public_key()))
+    return fingerprint(f'{path}.pub')
+
+# %% ../nbs/artifacts.ipynb #c024
+def seal(folder,   # folder to be handed on
+         key=None  # private key file; None = hashes only
+        )->dict[str, str]: # the hash manifest
+    "Write a folder's hash manifest and, with a key, the public key and the signature over the manifest."
+    folder, secret = Path(folder), None if key is None else _load_key(key, True)
+    if secret: write_bytes(folder/PUBLIC_KEY, _public_pem(secret.public_key()))
+    table = write_hashes(folder)
+    if secret: write_bytes(folder/SIGNATURE, secret.sign((folder/HASHES).read_bytes()))
+    return table
+
+def _entries(folder):
+    "Every entry of a folder that is no folder with something in it: relative name -> path."
+    found = {}
+    for where, folders, files in os.walk(folder):
+        names = files + [d for d in folders if Path(where, d).is_symlink()] + ([''] if not folders and not files and where != str(folder) else [])
+        found |= {str(Path(where, n).relative_to(folder)): Path(where, n) for n in names}
+    return found
+
+def _matches(path, digest): return path.is_file() and not path.is_symlink() and sha256_file(path) == digest
+
+def _signed(folder, key):
+    from cryptography.exceptions import InvalidSignature
+    try: _load_key(key, False).verify((folder/SIGNATURE).read_bytes(), (folder/HASHES).read_bytes())
+    except InvalidSignature: return 'changed'
+    except FileNotFoundError: return 'missing'
+    return 'ok'
+
+def verify_folder(folder,         # folder that `seal` left
+                  public_key=None # key file of the one it must come from; None = the key in the folder, which proves no origin
+                 )->dict[str, str]: # relative name -> 'ok', 'changed', 'missing' or 'unlisted'; the manifest and the signature are among them
+    "Check every entry of a folder against its hash manifest, the manifest's own bytes, and the signature if there is one."
+    folder = Path(folder)
+    want, have = read_json(folder/HASHES), _entries(folder)
+    if not isinstance(want, dict): raise FerError('corrupt_artifact', f'{folder/HASHES} is no table of hashes')
+    state = {name: 'missing' if name not in have else 'ok' if _matches(have[name], digest) else 'changed' for name, digest in want.items()}
+    state[HASHES] = 'ok' if (folder/HASHES).read_bytes() == _json(want).encode() else 'changed'
+    if public_key is not None or PUBLIC_KEY in want:
+        _signing()
+        if public_key is not None and PUBLIC_KEY not in want: raise FerError('hash_mismatch', f'{folder} is not signed', 'ask its maker for a signed one')
+        state[SIGNATURE] = _signed(folder, public_key) if public_key is not None else _signed(folder, folder/PUBLIC_KEY) if state[PUBLIC_KEY] == 'ok' else 'changed'
+    return state | {name: 'unlisted' for name in have if name not in state}
+
+RELEASE_FORMAT = 'fer_core release 1' # what a release says in its release.json
+
+def is_release(folder # a folder with a hash manifest
+              )->bool: # False for a run
+    "Whether a folder was handed on, as against the run of one who works here."
+    folder = Path(folder)
+    try: told = read_json(folder/'release.json')
+    except FerError: told = {}
+    return isinstance(told, dict) and told.get('format') == RELEASE_FORMAT or not (folder/'run.json').is_file()
+
+# %% ../nbs/artifacts.ipynb #c027
 _PACKAGES = 'torch torchvision timm lightning-fabric numpy pandas scikit-learn onnx onnxruntime opencv-python papermill nbdev'.split()
 
 def environment()->dict: # python, platform, CPU, cores, package versions, GPU if torch is loaded and sees one
@@ -188,7 +309,7 @@ def git_state(folder=None # folder inside the repository; None = this package's
     if head.returncode: return {'commit': None, 'dirty': None}
     return {'commit': head.stdout.strip(), 'dirty': bool(status.stdout.strip())}
 
-# %% ../nbs/artifacts.ipynb #c024
+# %% ../nbs/artifacts.ipynb #c031
 def utc_now()->str: # ISO 8601, seconds, UTC
     "The time, as run manifests write it."
     return datetime.now(timezone.utc).isoformat(timespec='seconds')
@@ -242,7 +363,7 @@ def _make_model():
         notes: list[str] = []
     return RunManifest
 
-# %% ../nbs/artifacts.ipynb #c027
+# %% ../nbs/artifacts.ipynb #c034
 class Run:
     "A run folder and its manifest, opened for writing or reading."
     def __init__(self, folder, # run folder, with a run.json in it
@@ -279,7 +400,7 @@ class Run:
 
     def __repr__(self): return f'Run({self.manifest.experiment_id}: {self.manifest.stage}, {self.manifest.status})'
 
-# %% ../nbs/artifacts.ipynb #c029
+# %% ../nbs/artifacts.ipynb #c036
 def _elapsed(m): return (datetime.now(timezone.utc) - datetime.fromisoformat(m.started)).total_seconds()
 
 def patch_to(cls): # class to add the decorated function to
@@ -287,7 +408,7 @@ def patch_to(cls): # class to add the decorated function to
     def add(f): setattr(cls, f.__name__, f); return f
     return add
 
-# %% ../nbs/artifacts.ipynb #c031
+# %% ../nbs/artifacts.ipynb #c038
 @patch_to(Run)
 def finish(self, status:str='accepted'): # accepted or rejected
     "Close the run: status, times, peak memory, hashes."
@@ -303,7 +424,7 @@ def fail(self, exc:BaseException|None=None, # the exception, or
     code = code or failure_code(exc)
     self.record(status='failed', ended=utc_now(), seconds=_elapsed(self.manifest), failure={'code': code, 'what': what or str(exc) or type(exc).__name__, 'mend': FAILURES[code].mend})
 
-# %% ../nbs/artifacts.ipynb #c032
+# %% ../nbs/artifacts.ipynb #c039
 @patch_to(Run)
 def lock(self, wait:float=20.): # seconds to wait for another writer to end
     "Hold the run folder for this process; another live writer is an error."
@@ -324,7 +445,7 @@ def progress(self, done:float, # units done
     self._told = now
     (self.folder/'progress.json').write_text(json.dumps({'done': done, 'total': total, 'text': text}))
 
-# %% ../nbs/artifacts.ipynb #c035
+# %% ../nbs/artifacts.ipynb #c042
 def new_run_folder(root, # folder that holds runs
                    stage:str # stage name
                   )->Path:   # e.g. papermill_runs/2026-11-21-teacher-1f3a9c

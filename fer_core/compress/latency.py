@@ -4,13 +4,15 @@
 
 # %% ../../nbs/compress/latency.ipynb #c002
 from __future__ import annotations
-import gc, json, subprocess, sys, time
+import gc, json, subprocess, sys, tempfile, time
+from pathlib import Path
 import numpy as np
-from ..artifacts import FerError
+from ..artifacts import FerError, read_json
+from ..compat import session_options
 from .export import open_onnx
 
 # %% auto #0
-__all__ = ['make_call', 'time_calls', 'cold_start', 'compare', 'latency']
+__all__ = ['make_call', 'time_calls', 'cold_start', 'compare', 'latency', 'profile']
 
 # %% ../../nbs/compress/latency.ipynb #c004
 def make_call(path,          # ONNX file with an input `input`
@@ -96,3 +98,35 @@ def latency(path,               # ONNX file
            )->dict[int, dict]:  # threads -> row as of `compare`
     "Latency of one model at several thread counts."
     return {t: compare({'model': path}, n_warmup, n_timed, t, batch, provider)['model'] for t in threads}
+
+# %% ../../nbs/compress/latency.ipynb #c017
+def _events(path, threads, batch, n_warmup, n_calls):
+    "Kernel events and durations (us) of the calls after the warm-up."
+    import onnxruntime as ort
+    open_onnx(path, threads) # a file that cannot be run fails here, with its proper error
+    with tempfile.TemporaryDirectory() as tmp:
+        options = session_options(threads)
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(tmp)/'profile')
+        session = ort.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+        feed = {'input': np.random.default_rng(0).normal(size=(batch, *session.get_inputs()[0].shape[1:])).astype(np.float32)}
+        for _ in range(n_warmup + n_calls): session.run(['logits'], feed)
+        events = read_json(session.end_profiling())
+    runs = [e for e in events if e['name'] == 'model_run'][n_warmup:]
+    return [e for e in events if e['cat'] == 'Node' and e['name'].endswith('_kernel_time') and e['ts'] >= runs[0]['ts']], [r['dur'] for r in runs]
+
+def profile(path,            # ONNX file of ours
+            n_warmup:int=10, # calls before
+            n_calls:int=100, # calls that are summed
+            threads:int=1,   # intra-op threads
+            batch:int=1      # pictures per call
+           )->list[dict]:    # op, nodes, ms per call, share of the call 0..1; most first, the time outside kernels last
+    "Time of a model by type of operation."
+    if n_calls < 1: raise FerError('bad_parameter', f'{n_calls} calls', 'profile at least one')
+    kernels, runs = _events(path, threads, batch, n_warmup, n_calls)
+    total, ms, names = sum(runs), {}, {}
+    for e in kernels:
+        op = e['args']['op_name']
+        ms[op] = ms.get(op, 0.) + e['dur']
+        names.setdefault(op, set()).add(e['name'])
+    rows = [{'op': op, 'nodes': len(names[op]), 'ms': ms[op]/1e3/n_calls, 'share': ms[op]/total} for op in sorted(ms, key=ms.get, reverse=True)]
+    return rows + [{'op': 'outside kernels', 'nodes': 0, 'ms': (total - sum(ms.values()))/1e3/n_calls, 'share': 1 - sum(ms.values())/total}]

@@ -75,7 +75,7 @@ def curves(history:list[dict] # rows of epoch, train_loss, val_loss, val_accurac
     left.legend(fontsize=8, frameon=False); right.legend(fontsize=8, frameon=False)
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #clive
+# %% ../../nbs/evaluate/figures.ipynb #c009
 class LiveCurves:
     "Curves of a training under way, redrawn below the running cell after every epoch."
     def __init__(self): self.handle = None
@@ -91,7 +91,7 @@ class LiveCurves:
         from IPython.display import Markdown
         if self.handle: self.handle.update(Markdown('*trained; the curves are below*'))
 
-# %% ../../nbs/evaluate/figures.ipynb #c010
+# %% ../../nbs/evaluate/figures.ipynb #c011
 def compare_curves(histories:dict[str, list[dict]], # name -> history
                    key:str='val_macro_f1', # what to draw
                    ax=None # axes to draw on
@@ -106,7 +106,7 @@ def compare_curves(histories:dict[str, list[dict]], # name -> history
     _tidy(ax, 'epoch', key.replace('val_', 'validation ').replace('_', ' ').replace('f1', 'F1'))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c013
+# %% ../../nbs/evaluate/figures.ipynb #c014
 def _grid(ax, shade, texts, cmap, limits, title):
     image = ax.imshow(shade, cmap=cmap, vmin=limits[0], vmax=limits[1])
     ax.set_xticks(range(N_CLASSES), CLASSES, rotation=40, ha='right', rotation_mode='anchor'); ax.set_yticks(range(N_CLASSES), CLASSES)
@@ -148,7 +148,7 @@ def confusion_delta(before, # (7, 7) counts, rows: truth
     bar = fig.colorbar(image, ax=ax, shrink=.8, aspect=30); _tidy_bar(bar, 'percentage points')
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #g002
+# %% ../../nbs/evaluate/figures.ipynb #c018
 def mark_cells(fig:Figure, # of `confusion` or `confusion_delta`
                cells       # (true class, decided class) each
               )->Figure:   # the same figure
@@ -157,7 +157,7 @@ def mark_cells(fig:Figure, # of `confusion` or `confusion_delta`
         fig.axes[0].add_patch(plt.Rectangle((CLASSES.index(decided) - .5, CLASSES.index(true) - .5), 1, 1, fill=False, edgecolor='black', linewidth=1.8, zorder=3))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c017
+# %% ../../nbs/evaluate/figures.ipynb #c021
 def per_class_bars(tables:dict[str, dict], # name -> per_class of `evaluate`
                    metric:str='f1',        # 'f1', 'precision' or 'recall'
                    intervals:dict|None=None, # name -> {class: [low, high]}
@@ -177,7 +177,7 @@ def per_class_bars(tables:dict[str, dict], # name -> per_class of `evaluate`
     ax.legend(fontsize=8, frameon=False, ncols=len(tables), loc='lower center', bbox_to_anchor=(.5, 1.0))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c020
+# %% ../../nbs/evaluate/figures.ipynb #c024
 def class_distribution(counts:dict[str, dict], # split or source -> {class: count}
                        log:bool=True, # logarithmic axis
                        ax=None        # axes to draw on
@@ -195,7 +195,7 @@ def class_distribution(counts:dict[str, dict], # split or source -> {class: coun
     ax.legend(fontsize=8, frameon=False, ncols=len(counts), loc='lower center', bbox_to_anchor=(.5, 1.0), title='total; largest : smallest class', title_fontsize=7)
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c023
+# %% ../../nbs/evaluate/figures.ipynb #c027
 def _reliability_panel(ax, below, table, title):
     rows = [b for b in table['bins'] if b['count']]
     left, right, acc, conf, count = (np.array([b[k] for b in rows], float) for k in ('lower', 'upper', 'accuracy', 'confidence', 'count'))
@@ -221,7 +221,7 @@ def reliability_diagram(before:dict, # table of `reliability`
     axes[0, 0].legend(fontsize=8, frameon=False, loc='upper left')
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c025
+# %% ../../nbs/evaluate/figures.ipynb #c029
 def classwise_ece_bars(tables:dict[str, dict], # name -> {class: calibration error}
                        limit:float|None=None,  # line to draw, e.g. twice the global ECE
                        ax=None                 # axes to draw on
@@ -238,7 +238,7 @@ def classwise_ece_bars(tables:dict[str, dict], # name -> {class: calibration err
     ax.legend(fontsize=8, frameon=False, ncols=3, loc='lower center', bbox_to_anchor=(.5, 1.0))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c028
+# %% ../../nbs/evaluate/figures.ipynb #c032
 def risk_coverage(curves:dict[str, tuple], # name -> (coverage, risk) of `metrics.risk_coverage`
                   points:dict[str, tuple]|None=None, # name -> (coverage, risk) at the abstention threshold
                   ax=None                  # axes to draw on
@@ -253,7 +253,7 @@ def risk_coverage(curves:dict[str, tuple], # name -> (coverage, risk) of `metric
     _tidy(ax, 'coverage: share of faces answered', 'error rate among them'); ax.legend(fontsize=8, frameon=False)
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c031
+# %% ../../nbs/evaluate/figures.ipynb #c035
 def latency_cdf(times:dict[str, np.ndarray], # name -> milliseconds of each run
                 limits:dict[str, float]|None=None, # name of a limit -> ms, as vertical lines
                 ax=None # axes to draw on
@@ -271,28 +271,43 @@ def latency_cdf(times:dict[str, np.ndarray], # name -> milliseconds of each run
     _tidy(ax, 'latency, ms', 'share of runs'); ax.legend(fontsize=7.5, frameon=False, loc='lower center', bbox_to_anchor=(.5, 1.0))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c033
-def size_vs_f1(rows:list[dict], # name, params, macro_f1; optional ci [low, high] and group
-               ax=None          # axes to draw on
+# %% ../../nbs/evaluate/figures.ipynb #c037
+def _pareto(rows, size):
+    "The rows that no other beats in size or macro-F1 without losing in the other, smallest first."
+    best, kept = -np.inf, []
+    for r in sorted(rows, key=lambda r: (r[size], -r['macro_f1'])):
+        if r['macro_f1'] > best: best = r['macro_f1']; kept.append(r)
+    return kept
+
+_SIZES = {'params': 'parameters', 'megabytes': 'size of the file, MB', 'p50_ms': 'median latency of one face, ms', 'mmacs': 'multiply-adds of one face, millions'}
+
+def size_vs_f1(rows:list[dict], # name, params (or another size), macro_f1; optional ci [low, high] and group
+               ax=None,         # axes to draw on
+               size:str='params', # key of the size: 'params', 'megabytes', 'p50_ms' or 'mmacs'
+               front:bool=False # join the models that no other beats in one figure without losing in the other
               )->Figure:
-    "Macro-F1 against the number of parameters; models of one group share a colour."
+    "Macro-F1 against a size, of models or of variants of one; models of one group share a colour."
     fig, ax = _axes(ax, (5.8, 3.4))
+    if size not in _SIZES or any(r.get(size) is None for r in rows): raise FerError('bad_parameter', f'{size!r} is not known of every model', f'sizes: {", ".join(_SIZES)}')
     groups = list(dict.fromkeys(r.get('group', '') for r in rows))
     for i, group in enumerate(groups):
         of = [r for r in rows if r.get('group', '') == group]
-        x, y = (np.array([r[k] for r in of], float) for k in ('params', 'macro_f1'))
+        x, y = (np.array([r[k] for r in of], float) for k in (size, 'macro_f1'))
         ends = np.array([r.get('ci') or (r['macro_f1'], r['macro_f1']) for r in of], float)
         ax.errorbar(x, y, [y - ends[:, 0], ends[:, 1] - y], fmt='osD^v'[i % 5], color=PALETTE[i % len(PALETTE)], capsize=3, linewidth=1, markersize=6, label=group)
         for r in of:
-            above = sum(o['params'] == r['params'] and o['macro_f1'] > r['macro_f1'] for o in rows) # names of one size step down from the best
-            ax.annotate(r['name'], (r['params'], r['macro_f1']), xytext=(6, 4 - 9*above), textcoords='offset points', fontsize=7.5)
+            above = sum(o[size] == r[size] and o['macro_f1'] > r['macro_f1'] for o in rows) # names of one size step down from the best
+            ax.annotate(r['name'], (r[size], r['macro_f1']), xytext=(6, 4 - 9*above), textcoords='offset points', fontsize=7.5)
+    if front:
+        best = _pareto(rows, size)
+        ax.step([r[size] for r in best], [r['macro_f1'] for r in best], where='post', color='.6', linewidth=1.2, zorder=0, label='_front')
     ax.set_xscale('log'); ax.margins(x=.18, y=.15)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_major_formatter(EngFormatter(sep='\u2009')); ax.xaxis.set_minor_formatter(NullFormatter())
-    _tidy(ax, 'parameters, log scale', 'macro-F1')
+    _tidy(ax, f'{_SIZES[size]}, log scale', 'macro-F1')
     if groups != ['']: ax.legend(fontsize=8, frameon=False, loc='best')
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c036
+# %% ../../nbs/evaluate/figures.ipynb #c042
 def montage(images,        # pictures: (h, w) grey, (h, w, 3) RGB or (c, h, w), uint8 or 0..1
             titles=None,   # one line per picture
             columns:int=8, # pictures per row
@@ -312,7 +327,7 @@ def montage(images,        # pictures: (h, w) grey, (h, w, 3) RGB or (c, h, w), 
         if titles is not None: ax.set_title(titles[k], fontsize=7, pad=3)
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #g005
+# %% ../../nbs/evaluate/figures.ipynb #c045
 def hidden_face(side:int=48 # pixels
                )->np.ndarray: # (side, side) uint8
     "A grey silhouette that is nobody."
@@ -320,7 +335,7 @@ def hidden_face(side:int=48 # pixels
     head, shoulders = (x/.42)**2 + ((y + .2)/.52)**2 < 1, (x/.85)**2 + ((y - 1.15)/.65)**2 < 1
     return np.where(head | shoulders, 170, 230).astype(np.uint8)
 
-# %% ../../nbs/evaluate/figures.ipynb #g008
+# %% ../../nbs/evaluate/figures.ipynb #c048
 def embedding_map(points,     # (n, 2) positions
                   labels,     # (n,) class ids
                   wrong=None, # (n,) bool: decided wrongly
@@ -337,7 +352,7 @@ def embedding_map(points,     # (n, 2) positions
     ax.legend(fontsize=7.5, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #e002
+# %% ../../nbs/evaluate/figures.ipynb #c051
 def forest(rows:list[dict], # name, macro_f1; seeds and faces [low, high] or None, by_seed, published or None
            key:str='macro_f1', # the figure
            ax=None          # axes to draw on
@@ -357,7 +372,7 @@ def forest(rows:list[dict], # name, macro_f1; seeds and faces [low, high] or Non
     ax.legend(told.values(), told, fontsize=7.5, frameon=False, ncols=3, loc='lower center', bbox_to_anchor=(.4, 1.0))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #e004
+# %% ../../nbs/evaluate/figures.ipynb #c053
 def class_heat(tables:dict[str, dict], # name -> {class: F1 0..1}
                supports=None,          # faces of each class, in class order
                ax=None                 # axes to draw on
@@ -375,7 +390,7 @@ def class_heat(tables:dict[str, dict], # name -> {class: F1 0..1}
     _tidy_bar(fig.colorbar(image, ax=ax, shrink=.9, aspect=20), 'F1')
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #e007
+# %% ../../nbs/evaluate/figures.ipynb #c056
 def _spread(values, gap):
     "Positions in the order of `values`, no two closer than `gap`, moved as little as a sweep up and a shift back allow."
     order, out = np.argsort(values, kind='stable'), np.array(values, float)
@@ -403,7 +418,7 @@ def cost_vs_accuracy(rows:list[dict], # name, mmacs (None = left out), accuracy;
     ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.0))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #f102
+# %% ../../nbs/evaluate/figures.ipynb #c059
 def fusion_front(front:list[dict],   # points of the front: ece, macro_f1
                  points:dict[str, dict], # name -> point, e.g. uniform, bagged, plain search
                  alone:dict[str, dict]|None=None, # name -> point of each member by itself

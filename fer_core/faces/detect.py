@@ -4,7 +4,7 @@
 
 # %% ../../nbs/faces/detect.ipynb #c002
 from __future__ import annotations
-import contextlib, os, time
+import contextlib, os, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 import cv2, numpy as np
@@ -93,7 +93,7 @@ class YuNet:
         nms:float=.3,        # overlap (IoU) above which the weaker of two boxes goes
         max_side:int=640,    # working size, pixels
     ):
-        self.path, self.max_side, self._size = Path(path), max_side, (64, 64)
+        self.path, self.max_side, self._size, self._lock = Path(path), max_side, (64, 64), threading.Lock()
         if not self.path.is_file(): raise FerError('missing_file', f'YuNet file {path} is not there')
         try:
             with _quiet_opencv():
@@ -105,13 +105,14 @@ class YuNet:
               )->Detections:          # faces, most certain first
         "Find the faces of an image."
         small, back = shrink(as_bgr(image), self.max_side)
-        if (size := small.shape[1::-1]) != self._size: self._net.setInputSize(size); self._size = size
-        _, rows = self._net.detect(small)
+        with self._lock:
+            if (size := small.shape[1::-1]) != self._size: self._net.setInputSize(size); self._size = size
+            _, rows = self._net.detect(small)
         if rows is None: return Detections.make()
         rows = rows[rows[:, 14].argsort()[::-1]]
         return Detections.make(rows[:, :4]*np.tile(back, 2), rows[:, 4:14].reshape(-1, 5, 2)*back, rows[:, 14])
 
-# %% ../../nbs/faces/detect.ipynb #c020
+# %% ../../nbs/faces/detect.ipynb #c022
 YUNET_URL = 'https://github.com/opencv/opencv_zoo/raw/main/models/face_detection_yunet/face_detection_yunet_2023mar.onnx'
 YUNET_SHA256 = '8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4'
 
@@ -141,7 +142,7 @@ def fetch_yunet(url:str=YUNET_URL,  # where from
     with atomic_path(path) as tmp: tmp.write_bytes(data)
     return path
 
-# %% ../../nbs/faces/detect.ipynb #c023
+# %% ../../nbs/faces/detect.ipynb #c025
 def _yunet_file():
     "The YuNet file of the environment or the cache, or None."
     if own := os.environ.get('FER_CORE_YUNET'): return Path(own)

@@ -5,6 +5,7 @@
 # %% ../../nbs/live/recognise.ipynb #c002
 from __future__ import annotations
 import json, math, os, threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import cv2, numpy as np
@@ -57,7 +58,8 @@ def open_session(data:bytes,      # content of an ONNX file
                 ):                # onnxruntime.InferenceSession
     "An onnxruntime session on the CPU."
     import onnxruntime as ort
-    try: return ort.InferenceSession(data, session_options(threads or model_threads()), providers=['CPUExecutionProvider'])
+    # helper threads must not spin between two calls: a detector works there, on the same cores
+    try: return ort.InferenceSession(data, session_options(threads or model_threads(), **{'intra_op.allow_spinning': 0}), providers=['CPUExecutionProvider'])
     except MemoryError: raise
     except Exception as e:  # onnxruntime's exceptions share no other base class
         raise FerError('corrupt_artifact', f'{name} ({len(data)} bytes) is not a whole ONNX file ({str(e).strip().splitlines()[0][:120]})', 'copy or export it again') from None
@@ -133,6 +135,8 @@ class Face:
     abstained: bool       # the confidence is below the model's threshold: better show no label
     track_id: int|None = None # id over time; None for a single image
 
+def _closed(recognizer): return FerError('bad_parameter', f'the Recognizer of {recognizer.path.name} is closed', 'make a new one')
+
 class Recognizer:
     "Finds faces and reads their expressions."
     def __init__(self,
@@ -147,13 +151,16 @@ class Recognizer:
         _check_shapes(self._session, spec.preprocess, str(self.path))
         self.spec, self.temperature, self.threshold = spec.preprocess, spec.temperature, spec.threshold
         self._detector, self._threads = detector, threads
-        self._buffer, self._lock = np.empty((0, self.spec.channels, self.spec.size, self.spec.size), np.float32), threading.Lock()
+        self._buffer, self._lock, self._making = np.empty((0, self.spec.channels, self.spec.size, self.spec.size), np.float32), threading.Lock(), threading.Lock()
+        self._worker = ThreadPoolExecutor(1, 'fer_core')  # of the async calls; its thread starts with the first of them
 
     @property
     def detector(self): # an object with `.detect(image)` and `.name`
         "The face detector; made on first use, since `classify` needs none."
-        if isinstance(self._detector, (str, Path)): self._detector = make_detector(str(self._detector), threads=self._threads)
-        return self._detector
+        with self._making:  # two threads' first images shall not make two
+            if self._session is None: raise _closed(self)
+            if isinstance(self._detector, (str, Path)): self._detector = make_detector(str(self._detector), threads=self._threads)
+            return self._detector
 
     def __repr__(self): return f'Recognizer({self.path.name}: {self.spec.size} px {self.spec.colour}, T {self.temperature:.3g}, abstains below {self.threshold:g})'
 
@@ -167,6 +174,7 @@ def logits(self, crops:list[np.ndarray] # (h, w[, 3]) uint8 face crops, BGR or g
     if isinstance(crops, np.ndarray) and (crops.ndim < 3 or crops.ndim == 3 and crops.shape[2] in (1, 3)): raise FerError('bad_parameter', f'one image of shape {crops.shape} where a list of crops is due', 'pass [crop]')
     out = np.empty((len(crops), N_CLASSES), np.float32)
     with self._lock:
+        if self._session is None: raise _closed(self)
         if len(self._buffer) < min(len(crops), _BATCH): self._buffer = np.empty((min(len(crops), _BATCH), *self._buffer.shape[1:]), np.float32)
         for i in range(0, len(crops), _BATCH):
             part = crops[i:i + _BATCH]
@@ -213,6 +221,82 @@ def read_image(path # an image file
     if image is None: raise FerError('undecodable_image', f'{path} cannot be decoded as an image', 'pass a JPEG, PNG, WebP, BMP or TIFF file')
     return image
 
+@patch_to(Recognizer)
+def files(self, paths # image files, an iterable of paths or one path
+         ):           # generator of (path, list of faces)
+    "Read image files one by one; those that cannot be read are reported after the others are done."
+    errors = []
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        try: image = read_image(path)
+        except FerError as e: errors.append(e)
+        else: yield path, self.faces(image)
+    if errors: raise FerError(errors[0].code, '; '.join(e.what for e in errors), errors[0].mend)
+
+def _step(recognizer, track, every, smoothing):
+    "What is done with each frame of a stream."
+    if track: live = fer_core.live.demo.Live(recognizer, every, **smoothing); return lambda frame: live.step(frame).faces
+    if every != 1 or smoothing: raise FerError('bad_parameter', f'{", ".join(smoothing) or f"every={every}"} without tracking', 'pass track=True')
+    return recognizer.faces
+
+@patch_to(Recognizer)
+def stream(self, frames,        # iterable of (H, W[, 3]) uint8, BGR or grey
+           track:bool=False,    # follow faces from frame to frame: ids, smoothed labels
+           every:int=1,         # with track: search every k-th frame, follow the faces between
+           **smoothing          # with track: options of `Stabiliser`
+          ):                    # generator of lists of faces, one per frame
+    "Faces of frame after frame."
+    step = _step(self, track, every, smoothing)
+    return (step(frame) for frame in frames)
+
+# %% ../../nbs/live/recognise.ipynb #c031
+def _later(recognizer, f, *args):
+    "An awaitable for a call in the recogniser's thread."
+    import asyncio
+    try: return asyncio.wrap_future(recognizer._worker.submit(f, *args))
+    except RuntimeError: raise _closed(recognizer) from None
+
+@patch_to(Recognizer)
+async def afaces(self, image:np.ndarray # (H, W, 3) uint8 BGR or (H, W) grey
+                )->list[Face]:          # as of `faces`
+    "`faces` without holding up the event loop."
+    return await _later(self, self.faces, image)
+
+@patch_to(Recognizer)
+async def astream(self, frames,     # iterable or async iterable of (H, W[, 3]) uint8
+                  track:bool=False, # as of `stream`
+                  every:int=1,      # as of `stream`
+                  **smoothing       # as of `stream`
+                 ):                 # async generator of lists of faces, one per frame
+    "`stream` without holding up the event loop."
+    import asyncio
+    step, end = _step(self, track, every, smoothing), object()
+    if hasattr(frames, '__aiter__'):
+        async for frame in frames: yield await _later(self, step, frame)
+        return
+    source = iter(frames)
+    while (frame := await asyncio.to_thread(next, source, end)) is not end: yield await _later(self, step, frame)
+
+@patch_to(Recognizer)
+def close(self):
+    "Let go of model, detector and thread; async calls that wait are answered first."
+    self._worker.shutdown()
+    with self._lock, self._making: self._session = self._detector = None
+
+@patch_to(Recognizer)
+def __enter__(self): return self
+
+@patch_to(Recognizer)
+def __exit__(self, *error): self.close()
+
+@patch_to(Recognizer)
+async def __aenter__(self): return self
+
+@patch_to(Recognizer)
+async def __aexit__(self, *error):
+    import asyncio
+    await asyncio.to_thread(self.close)
+
+# %% ../../nbs/live/recognise.ipynb #c034
 def _rows(path, faces):
     if not faces: return [{'file': str(path), 'face': None, 'box': None, 'label': None, 'confidence': None, 'abstained': None, 'probs': None}]
     return [{'file': str(path), 'face': i, 'box': [round(v, 1) for v in f.box], 'label': f.label, 'confidence': round(f.confidence, 4), 'abstained': f.abstained,
@@ -222,18 +306,13 @@ def predict(paths, # image files
             recognizer:Recognizer # does the work
            )->list[dict]: # a row per face: file, face, box, label, confidence, abstained, probs; face None = no face found
     "Expressions of all faces in some photos; unreadable ones are reported after the others are done."
-    rows, errors = [], []
-    for path in paths:
-        try: rows += _rows(path, recognizer.faces(read_image(path)))
-        except FerError as e:
-            if e.code not in ('missing_file', 'undecodable_image'): raise
-            errors.append(e)
-    if not errors: return rows
-    error = FerError(errors[0].code, '; '.join(e.what for e in errors), errors[0].mend)
-    error.rows = rows
-    raise error
+    rows = []
+    try:
+        for path, found in recognizer.files(paths): rows += _rows(path, found)
+    except FerError as e: e.rows = rows; raise
+    return rows
 
-# %% ../../nbs/live/recognise.ipynb #c029
+# %% ../../nbs/live/recognise.ipynb #c035
 def predictions_table(rows:list[dict] # what `predict` gave
                      )->str:          # plain text, one line per face
     "The rows of `predict` as a table to read."
