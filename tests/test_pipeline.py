@@ -13,7 +13,7 @@ ce:         {stage: student, data: '@data', phase: ce, backbone: mobilenetv3_sma
 kd:         {stage: student, data: '@data', phase: kd, before: '@ce', softlabels: '@ensemble', size: 32, epochs: 1, hint: 1.0}
 dkd:        {stage: student, data: '@data', phase: dkd, before: '@kd', softlabels: '@ensemble', size: 32, epochs: 1, hint: 1.0}
 calibrate:  {stage: calibrate, student: '@dkd', ensemble: '@ensemble', teachers: ['@one', '@two']}
-small:      {stage: compress, data: '@data', student: '@dkd', calibration: '@calibrate', faces: 100, mirror: true}
+small:      {stage: compress, data: '@data', student: '@dkd', calibration: '@calibrate', faces: 100, mirror: true, places: 1}
 benchmark:  {stage: benchmark, data: '@data', compressed: '@small', seconds: 1.0, warmup: 5, timed: 20}
 end:        {stage: thesis, data: '@data', teachers: ['@one', '@two'], ensemble: '@ensemble', students: ['@ce', '@kd', '@dkd'], calibration: '@calibrate', compressed: '@small', benchmark: '@benchmark'}
 '''
@@ -56,6 +56,9 @@ def test_softlabel_and_release_contracts(path):
     ensemble, compress = run_of(home, 'ensemble')[0], run_of(home, 'compress')[0]
     for name in ('softlabels.npz', 'softlabels_index.jsonl', 'classorder.json', 'ensemble_metrics.json', 'alignmentreport.json', 'hash_manifest.json'): assert (ensemble/name).is_file(), name
     for name in ('student.onnx', 'student_int8.onnx', 'student.safetensors', 'config.json', 'MODEL_CARD.md', 'hash_manifest.json'): assert (compress/name).is_file(), name
+    from fer_core.compress.export import read_metadata
+    tries, told = json.loads((compress/'float_places.json').read_text()), read_metadata(compress/'student_int8.onnx')
+    assert 1 <= len(tries) <= 2 and told['float_nodes'].split() in [t['nodes'] for t in tries] and json.loads(told['reference'])['n'] == json.loads((compress/'metrics.json').read_text())['int8/val']['n']
 
 
 def test_parity_of_the_exported_student(path):

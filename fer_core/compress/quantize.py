@@ -141,13 +141,14 @@ def choose_float(fp32_path,          # float ONNX file of ours
                  agreement:float=.99, # share of the float model's answers to keep, 0..1
                  most:int=5,         # places that may stay float
                  probe:int=64,       # inputs the scan looks at
+                 exclude=(),         # names or types of nodes that stay float in any case
                  **options           # of `quantize_static_int8`
-                )->tuple[list[str], list[dict]]: # nodes that stay float; a row per try: places, nodes, agreement, shift
+                )->tuple[list[str], list[dict]]: # further nodes that stay float; a row per try: places, nodes, agreement, shift
     "The fewest places that must stay float for INT8 to answer as the float model does."
     z, tries, nodes = onnx_logits(fp32_path, inputs), [], []
     with tempfile.TemporaryDirectory() as tmp:
         def attempt():
-            got = onnx_logits(quantize_static_int8(fp32_path, Path(tmp)/'int8.onnx', inputs, exclude=nodes, **options), inputs)
+            got = onnx_logits(quantize_static_int8(fp32_path, Path(tmp)/'int8.onnx', inputs, exclude=[*exclude, *nodes], **options), inputs)
             tries.append({'places': len(tries), 'nodes': list(nodes), 'agreement': float((got.argmax(1) == z.argmax(1)).mean()), 'shift': float(np.abs(got - z).mean())})
         attempt()
         places = [r['nodes'] for r in sensitive_nodes(Path(tmp)/'int8.onnx', fp32_path, inputs[:probe]) if r['nodes'] and r['gain'] > 0]

@@ -4,17 +4,18 @@
 
 # %% ../../nbs/compress/release.ipynb #c002
 from __future__ import annotations
-import shutil
+import json, shutil
 from pathlib import Path
 import numpy as np
 from ..artifacts import FerError, Run, parent, read_json, sha256_file, write_json, write_text
 from .export import export_onnx, onnx_logits, read_metadata, scale_logits, write_metadata
 from .latency import compare
-from .quantize import quantize_static_int8
+from .quantize import choose_float, quantize_static_int8
 from ..data.loader import Feeder, Pack, open_pack
 from ..distill.student import adopted_run, started_from
+from ..evaluate.drift import REFERENCE, make_reference
 from ..evaluate.gates import evaluate_gates, gates_passed, int8_evidence, parity_evidence, rarest
-from ..evaluate.metrics import evaluate
+from ..evaluate.metrics import evaluate, softmax
 from ..evaluate.scaling import Scaling, choose_scaling
 from ..labels import CLASSES
 from ..models.backbones import load_model, model_size, save_model, with_projector
@@ -25,7 +26,7 @@ from ..train.loop import predict_logits
 LICENCE = 'Apache-2.0 (code and architecture); the weights inherit the research-use terms of their training data'
 
 # %% auto #0
-__all__ = ['LICENCE', 'stratified', 'inputs', 'compress_student', 'ship', 'evaluate_file']
+__all__ = ['LICENCE', 'stratified', 'inputs', 'carry_reference', 'compress_student', 'ship', 'evaluate_file']
 
 # %% ../../nbs/compress/release.ipynb #c004
 def stratified(pack:Pack, # pack
@@ -80,7 +81,18 @@ Released: **{released}**, because {reason}.
 Intended use: research on facial expression recognition and demonstrations. An expression is not an emotion: the label says what a face looks like to annotators, not what a person feels. Accuracy differs between groups of people and has not been audited here; do not decide about people with it. Licence: {LICENCE}.
 '''
 
-# %% ../../nbs/compress/release.ipynb #c007
+# %% ../../nbs/compress/release.ipynb #c008
+def carry_reference(path,  # ONNX file of ours, its temperature fitted; rewritten atomically
+                    logits, # (n, 7) its logits on the validation faces
+                    train=None # (7,) training rows of each class; None = not known
+                   )->bool: # False where there are too few faces to refer to
+    "Store in a model file what drift is to be measured against."
+    if len(logits) < 20: return False
+    T = read_metadata(path)['temperature']
+    write_metadata(path, **{REFERENCE: json.dumps(make_reference(softmax(logits, T), T, train))})
+    return True
+
+# %% ../../nbs/compress/release.ipynb #c010
 def compress_student(run:Run,         # run folder
                      data,            # curated data folder
                      student,         # student run folder (the last phase)
@@ -90,7 +102,8 @@ def compress_student(run:Run,         # run folder
                      exclude=(),      # node names or types that stay float
                      threads:int=2,   # of the latency comparison
                      seed:int=0,      # of the calibration draw
-                     mirror:bool=False # average a face with its mirror image inside the file
+                     mirror:bool=False, # average a face with its mirror image inside the file
+                     places:int=0     # that may stay float, the worst first, where INT8 answers otherwise
                     )->dict:          # variants, released, reason
     "Export, quantise, judge and release the student that stands."
     stands = adopted_run(student)
@@ -104,10 +117,16 @@ def compress_student(run:Run,         # run folder
     run.progress(1, 5, 'exporting')
     export_onnx(model, files['fp32'], spec, temperature=read_json(Path(calibration)/'calibration.json')['temperature'], licence=LICENCE, run_id=run.folder.name, weights_sha256=sha256_file(weights), mirror=mirror)
     run.progress(2, 5, 'quantising')
-    quantize_static_int8(files['fp32'], files['int8'], inputs(pack, stratified(pack, faces, seed)), method=method, exclude=tuple(exclude))
+    drawn = inputs(pack, stratified(pack, faces, seed))
+    if places:
+        found, tries = choose_float(files['fp32'], drawn, most=places, exclude=exclude, method=method)
+        exclude = [*exclude, *found]
+        write_json(run.path('float_places.json'), tries)
+    quantize_static_int8(files['fp32'], files['int8'], drawn, method=method, exclude=tuple(exclude))
     run.progress(3, 5, 'judging')
     x, labels = {s: inputs(pack, pack.rows(s)) for s in ('val', 'test')}, {s: pack.labels[pack.rows(s)] for s in ('val', 'test')}
     judged = {v: _judge_variant(run, pack, f, v, x, labels) for v, f in files.items()}
+    for v, f in files.items(): carry_reference(f, judged[v][0]['val'], np.bincount(pack.labels[pack.rows('train')], minlength=len(CLASSES)))
     metrics = {k: m for _, ms, _ in judged.values() for k, m in ms.items()}
     write_json(run.path('metrics.json'), metrics)
     write_json(run.path('calibration.json'), {v: c for v, (_, _, c) in judged.items()})
@@ -134,7 +153,7 @@ def _decide(run, pack, stands, files, metrics, times, verdicts, size):
                metrics={k: {a: b for a, b in m.items() if not isinstance(b, (list, dict))} for k, m in metrics.items()})
     return {'variants': variants, 'released': released, 'reason': reason}
 
-# %% ../../nbs/compress/release.ipynb #c009
+# %% ../../nbs/compress/release.ipynb #c012
 def ship(folder, # compress run folder
          to      # release folder, e.g. fer_core/release
         )->Path: # the release folder
@@ -149,7 +168,7 @@ def ship(folder, # compress run folder
     write_hashes(to)
     return to
 
-# %% ../../nbs/compress/release.ipynb #c011
+# %% ../../nbs/compress/release.ipynb #c014
 def evaluate_file(model, # ONNX file of ours
                   data,  # curated data folder
                   split:str='test' # split to judge on
