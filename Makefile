@@ -25,7 +25,7 @@ quickstart: $(READY) ## train, calibrate, compress and report, on procedural fac
 test: $(READY) ## generated code in step, every lesson cell, then tests/
 	@$(RUN) python tools/export_check.py
 	@$(RUN) python tools/lessons.py
-	@$(RUN) python -m pytest -q -n 2 --dist loadfile tests $(ARGS)
+	@$(RUN) python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
 lessons: $(READY) ## the lesson cells alone (ARGS="nbs/labels.ipynb --flags slow")
 	@$(RUN) python tools/lessons.py $(ARGS)
