@@ -1,9 +1,10 @@
 """Runs the lesson cells of every library notebook with nbdev_test, each in its own process and two at a time, and says what each took.
 
+The processes are forks of this one, which has loaded the large libraries: starting afresh, most notebooks take longer to import than to run.
+
 Stage notebooks are left to papermill (tests/ and `fer quickstart`). A notebook is over its time when both its wall time and its CPU time are:
 a busy neighbour lengthens the one and not the other."""
-import argparse, hashlib, json, os, signal, subprocess, sys, tempfile, threading, time
-from concurrent.futures import ThreadPoolExecutor
+import argparse, atexit, contextlib, hashlib, importlib, json, os, signal, sys, tempfile, time
 from pathlib import Path
 from settings import ROOT
 
@@ -22,32 +23,66 @@ def fingerprint():
     return digest.hexdigest()
 
 
-def run(path, flags='', kill=300): # path: notebook; flags: of cells otherwise skipped; kill: seconds after which it is given up
-    "Run one notebook; its name, verdict, seconds and output."
-    args = [Path(sys.executable).parent/'nbdev_test', '--path', path, '--n_workers', '0', '--flags', flags]
-    env = os.environ | {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1'), 'MPLBACKEND': 'agg'}  # two notebooks share the cores
-    with tempfile.TemporaryFile() as log:
-        start = time.monotonic()
-        proc = subprocess.Popen(args, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        watch = threading.Timer(kill, os.killpg, (proc.pid, signal.SIGKILL))
-        watch.start()
-        _, status, usage = os.wait4(proc.pid, 0)
-        proc.returncode = os.waitstatus_to_exitcode(status)  # reaped here, so Popen need not
-        watch.cancel()
-        log.seek(0)
-        wall, text = time.monotonic() - start, log.read().decode(errors='replace')
-    ok = proc.returncode == 0 and 'Success.' in text
-    if wall >= kill: text += f'\ngiven up after {kill} s'
-    return {'notebook': str(Path(path).relative_to(ROOT)), 'ok': ok, 'wall': round(wall, 1), 'cpu': round(usage.ru_utime + usage.ru_stime, 1), 'output': '' if ok else text}
+def preload():
+    "Load what most notebooks load, before the first fork; nothing of fer_core, and no thread is started."
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # notebooks share the cores
+    os.environ['MPLBACKEND'] = 'agg'
+    for name in ('nbdev.test', 'torch', 'pandas', 'matplotlib.pyplot', 'scipy.stats', 'sklearn.metrics', 'onnx', 'onnxruntime', 'cv2', 'torch._dynamo', 'lightning_fabric', 'papermill'): importlib.import_module(name)
+
+
+def test(path, flags, log): # in the child: path of a notebook; log: file that takes what it prints
+    "Run a notebook's cells; the exit code."
+    from nbdev.test import nbdev_test
+    os.setsid()
+    for fd in (1, 2): os.dup2(log.fileno(), fd)
+    try: nbdev_test(path=str(path), n_workers=0, flags=flags)
+    except SystemExit as e: return e.code or 0
+    return 0
+
+
+def start(path, flags, kill): # kill: seconds after which it is given up
+    "A notebook on its way, in a fork."
+    log = tempfile.TemporaryFile()
+    if pid := os.fork(): return {'path': path, 'pid': pid, 'log': log, 'start': time.monotonic(), 'kill': kill}
+    code = 1
+    try: code = test(path, flags, log)
+    finally:
+        sys.stdout.flush(); sys.stderr.flush()
+        with contextlib.suppress(Exception): atexit._run_exitfuncs()
+        os._exit(code)
+
+
+def ended(job): # as `start` made it
+    "The row of a notebook that is through, or None."
+    if time.monotonic() - job['start'] > job['kill']:
+        with contextlib.suppress(ProcessLookupError): os.killpg(job['pid'], signal.SIGKILL)
+    pid, status, usage = os.wait4(job['pid'], os.WNOHANG)
+    if not pid: return None
+    wall = time.monotonic() - job['start']
+    job['log'].seek(0)
+    text = job['log'].read().decode(errors='replace')
+    ok = status == 0 and 'Success.' in text
+    if wall >= job['kill']: text += f"\ngiven up after {job['kill']} s"
+    return {'notebook': str(Path(job['path']).relative_to(ROOT)), 'ok': ok, 'wall': round(wall, 1), 'cpu': round(usage.ru_utime + usage.ru_stime, 1), 'output': '' if ok else text}
 
 
 def run_all(paths, flags, workers, kill):
     "Run notebooks side by side, a line for each as it ends."
-    def one(path):
-        row = run(path, flags, kill)
-        print(f"  {'ok    ' if row['ok'] else 'FAILED'} {row['wall']:6.1f} s  {row['cpu']:6.1f} s CPU  {row['notebook']}", flush=True)
-        return row
-    with ThreadPoolExecutor(workers) as pool: return list(pool.map(one, paths))
+    preload()
+    waiting, jobs, rows = list(paths), [], {}
+    try:
+        while waiting or jobs:
+            while waiting and len(jobs) < workers: jobs.append(start(waiting.pop(0), flags, kill))
+            for job in list(jobs):
+                if (row := ended(job)) is None: continue
+                jobs.remove(job)
+                rows[job['path']] = row
+                print(f"  {'ok    ' if row['ok'] else 'FAILED'} {row['wall']:6.1f} s  {row['cpu']:6.1f} s CPU  {row['notebook']}", flush=True)
+            time.sleep(.05)
+    finally:
+        for job in jobs:
+            with contextlib.suppress(ProcessLookupError): os.killpg(job['pid'], signal.SIGKILL)
+    return [rows[p] for p in paths]
 
 
 def recorded(key):
