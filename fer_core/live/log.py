@@ -14,7 +14,7 @@ from .session import Frame
 from .stabilise import count_flips
 
 # %% auto #0
-__all__ = ['COLUMNS', 'LOGS', 'PARTS', 'records', 'csv_rows', 'CsvLog', 'JsonlLog', 'ParquetLog', 'open_log', 'Meter']
+__all__ = ['COLUMNS', 'LOGS', 'PARTS', 'records', 'csv_rows', 'CsvLog', 'JsonlLog', 'ParquetLog', 'open_log', 'Flips', 'Meter']
 
 # %% ../../nbs/live/log.ipynb #c004
 COLUMNS = ('frame t_ms track_id x y w h raw_label label confidence'.split() + [f'raw_{c}' for c in CLASSES] + [f'smooth_{c}' for c in CLASSES]
@@ -125,12 +125,37 @@ def open_log(path # file to write, .csv .jsonl .ndjson or .parquet
 # %% ../../nbs/live/log.ipynb #c011
 PARTS = ('read', 'wait', 'detect', 'follow', 'classify', 'smooth', 'draw', 'total', 'delay')  # of a frame's time
 
-class Meter:
-    "Times, faces, flips and abstentions of a session."
+class Flips:
+    "Label changes of a session's faces, raw and smoothed."
+    def __init__(self):
+        self.frames = self.faces = 0
+        self.flips, self._last, self.t = {'raw': 0, 'smoothed': 0}, {}, (0., 0.)
+
+    def add(self, t:float,    # time of the frame, ms
+            step:Frame,       # what was made of it
+            alive=()):        # track ids that may come back
+        "Take in one frame."
+        self.t = (self.t[0] if self.frames else t, t)
+        self.frames, self.faces = self.frames + 1, self.faces + len(step.faces)
+        self._last = {k: v for k, v in self._last.items() if k[0] in alive}
+        for f, raw in zip(step.faces, step.raw):
+            for kind, label in (('raw', CLASSES[int(raw.argmax())]), ('smoothed', 'abstain' if f.abstained else f.label)):
+                if label == 'abstain': continue
+                self.flips[kind] += count_flips([self._last.get((f.track_id, kind)), label])
+                self._last[f.track_id, kind] = label
+
+    def per_minute(self)->dict: # raw and smoothed, per minute of face seen; None before there is one
+        "Label changes per minute so far."
+        minutes = self.faces*(self.t[1] - self.t[0])/1000/(self.frames - 1)/60 if self.frames > 1 else 0  # faces seen x length of a frame
+        return {k: v/minutes if minutes else None for k, v in self.flips.items()}
+
+class Meter(Flips):
+    "Times and abstentions of a session besides."
     def __init__(self, keep:int=20_000): # times kept per part
+        super().__init__()
         self.ms = {k: deque(maxlen=keep) for k in PARTS}
-        self.frames = self.faces = self.abstained = self.tracks = self.dropped = 0
-        self.flips, self._last, self.first, self.t = {'raw': 0, 'smoothed': 0}, {}, None, (0., 0.)
+        self.abstained = self.tracks = self.dropped = 0
+        self.first = None
         self.start = self.began = time.perf_counter()  # of the session, and of its first frame
 
     def begin(self):
@@ -142,23 +167,16 @@ class Meter:
             alive=(),         # track ids that may come back
             dropped:int=0):   # frames left out just before it
         "Take in one frame."
-        self.t = (self.t[0] if self.frames else t, t)
-        self.frames, self.faces, self.dropped = self.frames + 1, self.faces + len(step.faces), self.dropped + dropped
+        super().add(t, step, alive)
+        self.dropped += dropped
         for k, v in step.ms.items():
             if k != 'classify' or step.faces: self.ms[k].append(v)
         if step.faces and self.first is None: self.first = time.perf_counter() - self.start
-        self._last = {k: v for k, v in self._last.items() if k[0] in alive}
-        for f, raw in zip(step.faces, step.raw):
-            self.tracks, self.abstained = max(self.tracks, f.track_id), self.abstained + f.abstained
-            for kind, label in (('raw', CLASSES[int(raw.argmax())]), ('smoothed', 'abstain' if f.abstained else f.label)):
-                if label == 'abstain': continue
-                self.flips[kind] += count_flips([self._last.get((f.track_id, kind)), label])
-                self._last[f.track_id, kind] = label
+        for f in step.faces: self.tracks, self.abstained = max(self.tracks, f.track_id), self.abstained + f.abstained
 
     def summary(self)->dict: # see `demo.run`
         "The figures so far."
-        wall, span = time.perf_counter() - self.began, (self.t[1] - self.t[0])/1000
-        face_minutes = self.faces*(span/(self.frames - 1) if self.frames > 1 else 0)/60  # faces seen x length of a frame
+        wall = time.perf_counter() - self.began
         quantiles = {k: {'mean': float(np.mean(v)), 'p50': float(np.percentile(v, 50)), 'p95': float(np.percentile(v, 95)), 'n': len(v)} for k, v in self.ms.items() if v}
         return {'frames': self.frames, 'dropped': self.dropped, 'faces': self.faces, 'tracks': self.tracks, 'seconds': wall, 'fps': self.frames/wall if wall else 0., 'first_label_s': self.first, 'latency_ms': quantiles,
-                'flips_per_minute': {k: v/face_minutes if face_minutes else None for k, v in self.flips.items()}, 'abstention_rate': self.abstained/self.faces if self.faces else None}
+                'flips_per_minute': self.per_minute(), 'abstention_rate': self.abstained/self.faces if self.faces else None}

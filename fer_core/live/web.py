@@ -14,8 +14,8 @@ from ..artifacts import FerError, failure_code, patch_to, read_json
 from ..faces.detect import fetch_yunet
 from ..labels import CLASSES, COLOURS
 from .demo import COLUMNS, Live
+from .log import Flips
 from .recognise import Recognizer
-from .stabilise import count_flips
 
 # %% auto #0
 __all__ = ['KEY', 'LIMIT', 'PIXELS', 'HEAD', 'PAGE', 'read_frame', 'Visit', 'face_record', 'page_headers', 'page_text',
@@ -43,24 +43,7 @@ class Visit:
     def __init__(self, recognizer:Recognizer, # shared by all pages
                  every:int=1,  # search every k-th frame, follow the faces between
                  **smoothing): # options of `Stabiliser`
-        self.live, self.frames, self.faces, self.start = Live(recognizer, every, **smoothing), 0, 0, None
-        self.flips, self._last = {'raw': 0, 'smoothed': 0}, {}
-
-    def count(self, t:float, step): # seconds, what was made of the frame
-        "Take the labels of a frame into the count of flips."
-        self.start = t if self.start is None else self.start
-        self.frames, self.faces, self.t = self.frames + 1, self.faces + len(step.faces), t
-        self._last = {k: v for k, v in self._last.items() if t - v[1] < 5}
-        for f, raw in zip(step.faces, step.raw):
-            for kind, label in (('raw', CLASSES[int(raw.argmax())]), ('smoothed', 'abstain' if f.abstained else f.label)):
-                if label == 'abstain': continue
-                self.flips[kind] += count_flips([self._last.get((f.track_id, kind), (None,))[0], label])
-                self._last[f.track_id, kind] = label, t
-
-    def flips_per_minute(self)->dict: # raw and smoothed, per minute of face seen; None before there is one
-        "Label changes per minute so far."
-        minutes = self.faces*(self.t - self.start)/(self.frames - 1)/60 if self.frames > 1 else 0
-        return {k: v/minutes if minutes else None for k, v in self.flips.items()}
+        self.live, self.flips = Live(recognizer, every, **smoothing), Flips()
 
 def face_record(f,   # a `Face`
                 raw  # (7,) its probabilities before smoothing
@@ -81,11 +64,11 @@ def answer(self, message:bytes # frame number, time and JPEG
     except Exception as e:
         if not isinstance(e, FerError): logging.getLogger(__name__).exception('frame %s', seq)
         return {'type': 'error', 'seq': seq, 'code': failure_code(e), 'text': e.what if isinstance(e, FerError) else f'{type(e).__name__}: {e}'}
-    self.count(t/1000, step)
+    self.flips.add(t, step, self.live.tracker.ids)
     return {'type': 'faces', 'seq': seq, 'size': image.shape[1::-1], 'faces': [face_record(f, raw) for f, raw in zip(step.faces, step.raw)],
-            'ms': {k: round(v, 3) for k, v in step.ms.items()}, 'flips_per_minute': self.flips_per_minute()}
+            'ms': {k: round(v, 3) for k, v in step.ms.items()}, 'flips_per_minute': self.flips.per_minute()}
 
-# %% ../../nbs/live/web.ipynb #c012
+# %% ../../nbs/live/web.ipynb #c010
 PAGE = Path(fer_core.__file__).parent/'live'/'page.html'
 
 def page_headers(text:str # the page
@@ -110,7 +93,7 @@ def page_text(recognizer:Recognizer, # its names and threshold are shown
               'threshold': recognizer.threshold if threshold is None else threshold}
     return PAGE.read_text(encoding='utf-8').replace('@CONFIG@', html.escape(json.dumps(config)))
 
-# %% ../../nbs/live/web.ipynb #c015
+# %% ../../nbs/live/web.ipynb #c013
 def same_origin(origin:str, # the Origin header
                 host:str,   # the Host header
                 others=()   # further origins that are welcome, as 'https://host[:port]'
@@ -129,7 +112,7 @@ def refusal(request,   # tornado's HTTPServerRequest
     if origin is not None and not same_origin(origin, request.host, others): return 'a page of another origin may not come in'
     return None
 
-# %% ../../nbs/live/web.ipynb #c018
+# %% ../../nbs/live/web.ipynb #c016
 def bind(host:str, # name or address to listen on
          port:int  # 0 = any free one
         )->list:   # sockets
@@ -168,7 +151,7 @@ class Server:
     def __enter__(self): return self.start()
     def __exit__(self, *_): self.stop()
 
-# %% ../../nbs/live/web.ipynb #c020
+# %% ../../nbs/live/web.ipynb #c018
 def page_handler(server:Server)->type: # a tornado RequestHandler
     "Serves the page."
     from tornado.web import RequestHandler
@@ -221,7 +204,7 @@ def application(self): # a tornado Application
     return Application([(r'/(?:.*/)?', page_handler(self)), (r'/(?:.*/)?ws', socket_handler(self))], log_function=lambda handler: None,
                        websocket_max_message_size=LIMIT, websocket_ping_interval=20, websocket_ping_timeout=20)
 
-# %% ../../nbs/live/web.ipynb #c021
+# %% ../../nbs/live/web.ipynb #c019
 @contextlib.contextmanager
 def _signals(call):
     "Ctrl-C and SIGTERM call `call` while the block runs, where they would have ended the process."
@@ -271,7 +254,7 @@ def stop(self, seconds:float=5.): # patience
     with contextlib.suppress(RuntimeError, AttributeError): self._loop.call_soon_threadsafe(self._end.set)  # never started, or already over
     if self._thread is not None: self._thread.join(seconds)
 
-# %% ../../nbs/live/web.ipynb #c027
+# %% ../../nbs/live/web.ipynb #c025
 def advice(server:Server)->str: # lines to print
     "How the page is reached."
     near = server.host in ('127.0.0.1', 'localhost', '::1')
@@ -300,7 +283,7 @@ def serve(model=None,            # ONNX file of ours or a `Recognizer`; None = t
         server.run()
     return {'port': server.port, 'pages': server.served, 'frames': server.frames, 'ended': 'interrupted'}
 
-# %% ../../nbs/live/web.ipynb #c028
+# %% ../../nbs/live/web.ipynb #c026
 def jupyter_base()->str|None: # e.g. '/' or '/user/ann/'; None outside Jupyter
     "Base URL of the Jupyter server whose kernel this is."
     hub, parent = os.environ.get('JUPYTERHUB_SERVICE_PREFIX'), os.environ.get('JPY_PARENT_PID', '')
