@@ -177,3 +177,22 @@ def test_ci_runs_what_the_readme_says():
     commands = [line for line in script.splitlines() if line and not line.startswith(('#', 'set ', 'cd '))]
     assert commands == ['make test']
     assert '\nmake test ' in (ROOT/'README.md').read_text()
+
+
+def test_lessons_that_fail_hang_or_die_are_told(tmp_path):
+    "The runner itself: a good notebook passes, and the others do not take it with them."
+    cells = {'good': 'x = 1', 'wrong': 'assert 1 == 2, "planted"', 'hangs': 'import time; time.sleep(600)', 'dies': 'import os; os.kill(os.getpid(), 9)'}
+    for name, code in cells.items():
+        (tmp_path/f'{name}.ipynb').write_text(json.dumps({'cells': [{'cell_type': 'code', 'id': 'a', 'metadata': {}, 'source': code, 'execution_count': None, 'outputs': []}],
+            'metadata': {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}, 'nbformat': 4, 'nbformat_minor': 5}))
+    done = python(f"""import json, os, sys
+os.chdir({str(ROOT)!r}); sys.path.insert(0, 'tools')
+import lessons
+from pathlib import Path
+lessons.ROOT = Path({str(tmp_path)!r})
+rows = lessons.run_all([lessons.ROOT/f'{{n}}.ipynb' for n in {list(cells)!r}], '', 2, 12)
+code = lessons.verdict(rows, 60)
+print(json.dumps([code, [(r['ok'], r['output']) for r in rows]]))""")
+    code, rows = json.loads(done.stdout.splitlines()[-1])
+    assert code == 1 and [ok for ok, _ in rows] == [True, False, False, False]
+    assert rows[0][1] == '' and 'planted' in rows[1][1] and 'given up after 12 s' in rows[2][1]
