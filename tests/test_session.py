@@ -1,5 +1,5 @@
 """Sessions under bad conditions: slow stages, lost cameras, odd videos, keys, logs of every kind."""
-import csv, json, os, subprocess, sys, threading, time
+import csv, json, os, shutil, subprocess, sys, threading, time
 from pathlib import Path
 import cv2, numpy as np, pytest
 from hypothesis import given, settings, strategies as st
@@ -364,6 +364,35 @@ def test_overlay_bars_are_as_long_as_the_probabilities():
     happy = np.array(demo.draw.__globals__['_BGR']['happy'])
     panel = (out[55:150, 175:400] == happy).all(-1)
     assert 25 <= panel.sum(1).max() <= 40 and panel.any(1).sum() >= 3  # 0.6 of a bar of 42 px, some rows high
+
+
+def test_overlay_bars_leave_the_neighbours_free():
+    from fer_core.live.recognise import Face
+    boxes = [(300., 200., 80., 90.), (395., 205., 80., 90.), (490., 200., 80., 90.)]
+    faces = [Face(b, np.zeros((5, 2)), 'happy', np.full(7, 1/7), .6, False, i) for i, b in enumerate(boxes)]
+    grey = np.full((480, 900, 3), 128, np.uint8)
+    out = demo.draw(grey, faces, bars=True)
+    for x, y, w, h in np.array(boxes, int): assert (out[y + 6:y + h - 6, x + 6:x + w - 6] == 128).all()  # a panel darkens what it covers
+    assert ((out < 60).all(-1)).sum() > 3*112*60  # and all three panels are there
+
+
+def test_the_window_opens_as_large_as_its_picture(tmp_path):
+    if not shutil.which('Xvfb'): pytest.skip('needs Xvfb')
+    code = """if 1:
+        import numpy as np, cv2, time
+        from fer_core.live.overlay import Window
+        for size in ((360, 640), (1080, 1920)):
+            w = Window()
+            for _ in range(5): assert w.show(np.zeros((*size, 3), np.uint8), 20)
+            print(*cv2.getWindowImageRect(w.title)[2:]); w.close()
+    """
+    read, write = os.pipe()
+    x = subprocess.Popen(['Xvfb', '-displayfd', str(write), '-screen', '0', '1600x1000x24', '-nolisten', 'tcp'], pass_fds=[write], stderr=subprocess.DEVNULL)
+    try:
+        number = os.fdopen(read).readline().strip()
+        done = subprocess.run([sys.executable, '-c', code], env=os.environ | {'DISPLAY': f':{number}'}, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    finally: os.close(write); x.terminate(); x.wait()
+    assert done.stdout.split() == ['640', '360', '1280', '720'], done.stderr
 
 
 def test_live_faces_on_a_picture_of_twelve(model, shared):

@@ -12,7 +12,7 @@ from ..compat import session_options
 from .export import open_onnx
 
 # %% auto #0
-__all__ = ['make_call', 'time_calls', 'cold_start', 'compare', 'latency', 'profile']
+__all__ = ['POWERCAP', 'make_call', 'time_calls', 'cold_start', 'effort', 'compare', 'latency', 'other_providers', 'profile']
 
 # %% ../../nbs/compress/latency.ipynb #c004
 def make_call(path,          # ONNX file with an input `input`
@@ -73,9 +73,33 @@ def cold_start(path,              # ONNX file
     return json.loads(done.stdout)
 
 # %% ../../nbs/compress/latency.ipynb #c010
-def _row(ms, threads, batch, provider, cold):
+POWERCAP = Path('/sys/class/powercap')
+
+def _joules(root=None):
+    "Energy counters of the processor packages, (now, where they begin again) in joules; {} where they cannot be read."
+    seen = {}
+    for zone in sorted((root or POWERCAP).glob('intel-rapl:*')):
+        if zone.name.count(':') > 1: continue # a part of a package
+        try: seen[zone.name] = tuple(int((zone/f).read_text())/1e6 for f in ('energy_uj', 'max_energy_range_uj'))
+        except (OSError, ValueError): return {}
+    return seen
+
+def effort(call,             # function of no arguments
+           n_calls:int=100,  # calls, in one go
+           counters=_joules, # gives the energy counters
+          )->dict:           # cpu_ms a call, all threads; energy_mj a call, None where it is not measured
+    "Processor time and energy of a call."
+    if n_calls < 1: raise FerError('bad_parameter', f'{n_calls} calls', 'time at least one')
+    before, t = counters(), time.process_time_ns()
+    for _ in range(n_calls): call()
+    cpu, after = time.process_time_ns() - t, counters()
+    used = [(b - a) % top for (a, top), (b, _) in zip(before.values(), after.values())]
+    return {'cpu_ms': cpu/1e6/n_calls, 'energy_mj': 1e3*sum(used)/n_calls if used and before.keys() == after.keys() else None}
+
+# %% ../../nbs/compress/latency.ipynb #c014
+def _row(ms, threads, batch, provider, cold, work):
     p50, p95, p99 = (float(v) for v in np.percentile(ms, (50, 95, 99)))
-    return {'p50_ms': p50, 'p95_ms': p95, 'p99_ms': p99, 'mean_ms': float(ms.mean()), **cold, 'threads': threads, 'batch': batch, 'provider': provider, 'n_timed': len(ms), 'samples_ms': ms}
+    return {'p50_ms': p50, 'p95_ms': p95, 'p99_ms': p99, 'mean_ms': float(ms.mean()), **work, **cold, 'threads': threads, 'batch': batch, 'provider': provider, 'n_timed': len(ms), 'samples_ms': ms}
 
 def compare(models:dict,      # name -> ONNX file
             n_warmup:int=100, # untimed calls of each
@@ -83,11 +107,12 @@ def compare(models:dict,      # name -> ONNX file
             threads:int=2,    # intra-op threads
             batch:int=1,      # pictures per call
             provider:str='CPUExecutionProvider' # execution provider
-           )->dict[str, dict]: # name -> p50_ms, p95_ms, p99_ms, mean_ms, cold_ms, import_ms, peak_rss_mb, threads, batch, provider, n_timed, samples_ms (array)
+           )->dict[str, dict]: # name -> p50_ms, p95_ms, p99_ms, mean_ms, cpu_ms, energy_mj, cold_ms, import_ms, peak_rss_mb, threads, batch, provider, n_timed, samples_ms (array)
     "Latency of several models, timed in turns."
     cold = {k: cold_start(p, threads, batch, provider) for k, p in models.items()}
-    ms = time_calls({k: make_call(p, threads, batch, provider) for k, p in models.items()}, n_warmup, n_timed)
-    return {k: _row(ms[k], threads, batch, provider, cold[k]) for k in models}
+    calls = {k: make_call(p, threads, batch, provider) for k, p in models.items()}
+    ms = time_calls(calls, n_warmup, n_timed)
+    return {k: _row(ms[k], threads, batch, provider, cold[k], effort(calls[k], min(n_timed, 100))) for k in models}
 
 def latency(path,               # ONNX file
             n_warmup:int=100,   # untimed calls
@@ -99,7 +124,12 @@ def latency(path,               # ONNX file
     "Latency of one model at several thread counts."
     return {t: compare({'model': path}, n_warmup, n_timed, t, batch, provider)['model'] for t in threads}
 
-# %% ../../nbs/compress/latency.ipynb #c017
+def other_providers()->list[str]: # e.g. ['CUDAExecutionProvider']
+    "Execution providers at hand that compute here and are not the plain CPU one."
+    import onnxruntime as ort
+    return [p for p in ort.get_available_providers() if p not in ('CPUExecutionProvider', 'AzureExecutionProvider')] # Azure's is a remote service
+
+# %% ../../nbs/compress/latency.ipynb #c021
 def _events(path, threads, batch, n_warmup, n_calls):
     "Kernel events and durations (us) of the calls after the warm-up."
     import onnxruntime as ort

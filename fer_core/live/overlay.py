@@ -14,7 +14,8 @@ from ..labels import CLASSES, COLOURS
 from .recognise import Face
 
 # %% auto #0
-__all__ = ['KEYS', 'draw', 'Controls', 'draw_state', 'has_display', 'Window', 'open_window', 'Recorder', 'recording', 'Tape']
+__all__ = ['KEYS', 'draw', 'Controls', 'draw_state', 'has_display', 'window_size', 'Window', 'open_window', 'Recorder',
+           'recording', 'Tape']
 
 # %% ../../nbs/live/overlay.ipynb #c004
 _BGR = {c: tuple(int(h[i:i + 2], 16) for i in (5, 3, 1)) for c, h in COLOURS.items()}
@@ -30,20 +31,38 @@ def _tag(out, f, k):
     ink = (0, 0, 0) if np.dot(colour, (.114, .587, .299)) > 110 else (255, 255, 255)
     return text, (x, y), (w, h + base), colour, ink
 
-def _draw_bars(out, f, k):
-    "A panel with a bar for each class, right of the face, or left where there is no room."
-    row, w = round(13*k), round(112*k)
-    H, W = out.shape[:2]
-    x = round(f.box[0] + f.box[2] + 4*k)
-    if x + w > W: x = round(f.box[0] - w - 4*k)
-    x, y = max(0, min(x, W - w)), max(0, min(round(f.box[1]), H - 7*row - 4))
-    panel = out[y:y + 7*row + 4, x:x + w]
+def _overlap(a, b): return max(0, min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0]))*max(0, min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])) # of x, y, w, h; square pixels
+
+def _beside(box, size, frame, taken):
+    "Where a panel goes: right of a face, left, below or above, the first place that covers least of what is taken."
+    (x, y, w, h), (pw, ph), (W, H) = box, size, frame
+    gap = pw/28
+    spots = [(x + w + gap, y), (x - pw - gap, y), (x, y + h + 3*gap), (x, y - ph - 7*gap)]
+    spots = [(max(0, min(round(a), W - pw)), max(0, min(round(b), H - ph))) for a, b in spots]
+    return min(spots, key=lambda p: sum(_overlap((*p, *size), t) for t in taken))
+
+def _draw_bars(out, probs, x, y, k):
+    "A panel with a bar for each class, its corner at x, y."
+    w, h, row = *_panel(k), round(13*k)
+    panel = out[y:y + h, x:x + w]
     cv2.convertScaleAbs(panel, panel, .3)  # the picture shows through, darkened
-    for i, (c, p) in enumerate(zip(CLASSES, f.probs)):
+    for i, (c, p) in enumerate(zip(CLASSES, probs)):
         base, left, full = y + 2 + (i + 1)*row, x + round(56*k), w - round(60*k)
         cv2.putText(out, c, (x + 3, base - round(3*k)), _FONT, .36*k, (255, 255, 255), 1, cv2.LINE_AA)
         cv2.rectangle(out, (left, base - row + 3), (left + round(full*float(p)), base - 2), _BGR[c], -1)
         cv2.rectangle(out, (left, base - row + 3), (left + full, base - 2), (200, 200, 200), 1)
+
+def _panel(k): return round(112*k), 7*round(13*k) + 4 # width, height
+
+def _draw_panels(out, faces, k):
+    "Bars for every face, largest face first; none where the picture is smaller than a panel."
+    size, frame = _panel(k), out.shape[1::-1]
+    if size[0] > frame[0] or size[1] > frame[1]: return
+    taken = [(x, y - 22*k, max(w, _tag(out, f, k)[2][0] + 4), h + 27*k) for f in faces for x, y, w, h in [f.box]]  # with its tag and the bar below
+    for f in sorted(faces, key=lambda f: -f.box[2]*f.box[3]):
+        x, y = _beside(f.box, size, frame, taken)
+        taken.append((x, y, *size))
+        _draw_bars(out, f.probs, x, y, k)
 
 def draw(frame:np.ndarray, # (H, W, 3) uint8
          faces:list[Face], # boxes, labels, confidences, ids
@@ -57,6 +76,7 @@ def draw(frame:np.ndarray, # (H, W, 3) uint8
     np.copyto(out, frame)
     k = min(max(min(out.shape[:2])/540, .8), 3)
     line = max(1, round(1.5*k))
+    if bars and labels: _draw_panels(out, faces, k)
     for f in faces:
         text, (tx, ty), (tw, th), colour, ink = _tag(out, f, k)
         x, y, w, h = (int(round(v)) for v in f.box)
@@ -67,10 +87,9 @@ def draw(frame:np.ndarray, # (H, W, 3) uint8
         cv2.rectangle(out, (x, bar), (x + int(w*f.confidence), bar + 3*line), colour, -1)
         cv2.rectangle(out, (tx, ty - th), (tx + tw + 4, ty + round(6*k)), colour, -1)
         cv2.putText(out, text, (tx + 2, ty), _FONT, .5*k, ink, max(1, round(k)), cv2.LINE_AA)
-        if bars: _draw_bars(out, f, k)
     return out
 
-# %% ../../nbs/live/overlay.ipynb #c009
+# %% ../../nbs/live/overlay.ipynb #c011
 KEYS = 'p pause, r record, l labels, b bars, q quit'
 
 @dataclass
@@ -104,7 +123,7 @@ def draw_state(out:np.ndarray, # (H, W, 3) uint8, drawn upon
     cv2.putText(out, text, (h + 8, h + 3), _FONT, .5*k, (255, 255, 255), 1, cv2.LINE_AA)
     return out
 
-# %% ../../nbs/live/overlay.ipynb #c012
+# %% ../../nbs/live/overlay.ipynb #c014
 def has_display()->bool: # True where a window can be opened
     "Whether there is a screen to draw on."
     if not sys.platform.startswith('linux'): return True
@@ -118,12 +137,21 @@ def has_display()->bool: # True where a window can be opened
             return True
     return False
 
+def window_size(size:tuple,              # (width, height) of the picture, pixels
+                most:tuple=(1280, 800),  # of the window
+                least:int=640            # width below which a picture is enlarged
+               )->tuple[int, int]:       # width, height
+    "How large a window opens for a picture, in its proportions."
+    w, h = size
+    k = min(max(1, least/w), most[0]/w, most[1]/h)
+    return max(1, round(w*k)), max(1, round(h*k))
+
 class Window:
     "The demo's window; its keys switch `controls`, closing it ends the session."
     title = 'fer_core'
     def __init__(self):
-        self.controls, self._said = Controls(), None
-        cv2.namedWindow(self.title, cv2.WINDOW_NORMAL)
+        self.controls, self._said, self._sized = Controls(), None, False
+        cv2.namedWindow(self.title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
         self._name()
 
     def _name(self):
@@ -135,10 +163,14 @@ class Window:
              wait:float=1.           # ms to wait, at least 1
             )->bool:                 # False when the user wants to end
         "Show a frame and hear the keys."
-        if image is not None: cv2.imshow(self.title, image)
+        if image is not None: self._show(image)
         self.controls.press(cv2.waitKey(max(1, int(wait))) & 0xff)
         self._name()
         return not self.controls.ended and cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) >= 1
+
+    def _show(self, image):
+        if not self._sized: cv2.resizeWindow(self.title, *window_size(image.shape[1::-1])); self._sized = True  # once: then it is the user's
+        cv2.imshow(self.title, image)
 
     def close(self):
         "Close the window."
@@ -151,7 +183,7 @@ def open_window(notes:list # a line is added where no window can be had
     try: return Window()
     except cv2.error: notes.append('this OpenCV build has no windows: the session runs without one'); return None
 
-# %% ../../nbs/live/overlay.ipynb #c015
+# %% ../../nbs/live/overlay.ipynb #c017
 _CODECS = {'.mp4': 'mp4v', '.mov': 'mp4v', '.m4v': 'mp4v', '.avi': 'MJPG', '.mkv': 'MJPG'}
 
 class Recorder:
