@@ -12,7 +12,7 @@ NAME_<size>x<size>_gray.onnx (input in -1..1) or NAME_<size>x<size>_rgb255.onnx,
 import argparse, multiprocessing, os, re, resource, subprocess, sys, time
 from pathlib import Path
 import cv2, numpy as np
-from fer_core.data.preprocess import normalise, standardise
+from fer_core.data.preprocess import face_of, normalise, standardise
 from fer_core.faces.align import crop
 from fer_core.faces.detect import detector
 from fer_core.live.log import Meter
@@ -31,8 +31,9 @@ def plain(a):
     find, r = detector(a.detector, max_side=a.side), Recognizer(a.model, threads=a.threads)
     def step(frame, t):
         labels = []
-        for box in find.detect(frame).boxes:
-            x = normalise(standardise(crop(frame, box, margin=r.spec.margin), r.spec), r.spec)
+        found = find.detect(frame)
+        for box, marks in zip(found.boxes, found.landmarks):
+            x = normalise(standardise(face_of(frame, box, marks, r.spec), r.spec), r.spec)
             labels.append(softmax(r._session.run(['logits'], {'input': x[None]})[0], r.temperature).argmax())
         return len(labels)
     return step

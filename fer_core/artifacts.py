@@ -283,9 +283,9 @@ def is_release(folder # a folder with a hash manifest
     return isinstance(told, dict) and told.get('format') == RELEASE_FORMAT or not (folder/'run.json').is_file()
 
 # %% ../nbs/artifacts.ipynb #c027
-_PACKAGES = 'torch torchvision timm lightning-fabric numpy pandas scikit-learn onnx onnxruntime opencv-python papermill nbdev'.split()
+_PACKAGES = 'fer_core torch torchvision timm lightning-fabric numpy pandas scikit-learn onnx onnxruntime opencv-python scipy safetensors torch-pruning papermill nbdev'.split()
 
-def environment()->dict: # python, platform, CPU, cores, package versions, GPU if torch is loaded and sees one
+def environment()->dict: # python, platform, CPU, cores, torch's threads, package versions, GPU if torch is loaded and sees one
     "Versions and hardware of this process."
     def version(name):
         try: return metadata.version(name)
@@ -294,7 +294,7 @@ def environment()->dict: # python, platform, CPU, cores, package versions, GPU i
     torch = sys.modules.get('torch')
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
     return {'python': platform.python_version(), 'platform': platform.platform(), 'cpu': cpu, 'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
-            'gpu': gpu, 'cuda': getattr(getattr(torch, 'version', None), 'cuda', None), 'packages': {p: version(p) for p in _PACKAGES}}
+            'threads': torch.get_num_threads() if torch else None, 'gpu': gpu, 'cuda': getattr(getattr(torch, 'version', None), 'cuda', None), 'packages': {p: version(p) for p in _PACKAGES}}
 
 def _lines(path): 
     try: return Path(path).read_text().splitlines()

@@ -239,3 +239,26 @@ def test_lists_as_people_type_them(text):
     assert resolve('ensemble', {'teachers': text})['teachers'] == ['a', 'b']
     assert resolve('teacher', {'options': '[[pad_type, same]]'})['options'] == [['pad_type', 'same']]
     with pytest.raises(FerError, match='is not a list'): resolve('ensemble', {'teachers': '[a, b'})
+
+
+def test_runs_are_picked_sorted_exported_and_told_apart(curated, whole, tmp_path):
+    import shutil
+    import pandas as pd
+    runs = tmp_path/'runs'
+    for r in (curated, whole): shutil.copytree(r, runs/r.name)
+    other = runs/whole.name.replace('teacher-', 'teacher-f')
+    shutil.copytree(whole, other)
+    m = manifest(other)
+    m['experiment_id'], m['parameters']['lr'], m['metrics']['teacher/test']['macro_f1'] = other.name, .5, .99
+    (other/'run.json').write_text(json.dumps(m))
+    rows = json.loads(fer('runs', '--where', 'stage=teacher', '--sort', '-macro_f1', '--show', 'lr,macro_f1', '--json', out=runs).stdout)
+    assert [r['run'] for r in rows] == [other.name, whole.name] and rows[0]['parameters.lr'] == .5 and rows[0]['macro_f1'] == .99
+    assert [r['run'] for r in json.loads(fer('runs', '--where', 'lr<0.1', '--json', out=runs).stdout)] == [whole.name]
+    fer('runs', '--csv', tmp_path/'all.csv', out=runs)
+    table = pd.read_csv(tmp_path/'all.csv')
+    assert len(table) == 3 and table.set_index('run').loc[other.name, 'parameters.lr'] == .5 and 'environment.packages.torch' in table
+    bad = fer('runs', '--where', 'learning_rate=1', out=runs, check=FAILURES['bad_parameter'].exit_code)
+    assert 'learning_rate' in bad.stderr
+    told = json.loads(subprocess.run([FER, 'diff', str(runs/whole.name), str(other), '--json'], capture_output=True, text=True, check=True).stdout)
+    assert {r['what'] for r in told} == {'parameters.lr', 'metrics.teacher/test.macro_f1'}
+    assert abs(next(r['change'] for r in told if r['what'].endswith('macro_f1')) - (.99 - manifest(whole)['metrics']['teacher/test']['macro_f1'])) < 1e-9

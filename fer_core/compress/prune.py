@@ -298,6 +298,17 @@ def _stage(name, size, metrics, ratio=None):
     "A row of prune.json."
     return {'network': name, 'ratio': ratio, **size, **{f'{s}_{k}': metrics[s][k] for s in ('val', 'test') for k in ('macro_f1', 'accuracy', 'n')}, 'dataset': metrics['test']['dataset']}
 
+def _loss_of(loss):
+    "The settings of a recovery's loss, checked."
+    p = LOSS | (loss or {})
+    if unknown := sorted(set(p) - set(LOSS)): raise FerError('bad_parameter', f'the loss of a recovery has no {unknown[0]!r}', f'it has {", ".join(LOSS)}')
+    return p
+
+def _objective(soft, feed, p):
+    "Labels and a teacher's answers, as every recovery hears them."
+    weights = LabelLoss(p['smoothing'], p['class_power'], p['class_beta']).weights(feed.pack.counts())
+    return kd_objective(soft, feed.view_of, p['T'], p['alpha'], p['smoothing'], None if weights is None else weights.to(feed.device))
+
 def _teacher(softlabels, teaching, stands, data, pack, seed, augment):
     teaching = teaching or ('view' if softlabels else 'live')
     if not softlabels and teaching != 'live': raise FerError('bad_parameter', f'teaching={teaching} without soft labels', "the unpruned student is asked live: pass teaching='', or softlabels=RUN")
@@ -316,8 +327,7 @@ def prune_student(run:Run,         # run folder
                   show=None        # f(history), after every epoch
                  )->tuple[dict, list, list]: # metrics by set, history of the last step, a row for each network on the way
     "Prune the student that stands, teach what is left, judge it by G-prune."
-    p, stands = LOSS | (loss or {}), adopted_run(student)
-    if unknown := sorted(set(p) - set(LOSS)): raise FerError('bad_parameter', f'the loss of a recovery has no {unknown[0]!r}', f'it has {", ".join(LOSS)}')
+    p, stands = _loss_of(loss), adopted_run(student)
     model, spec, _ = load_model(stands)
     model, pack = with_projector(model, 0), open_data(run, data, spec)
     soft, view = _teacher(softlabels, teaching, stands, data, pack, cfg.seed, augment)
@@ -327,8 +337,7 @@ def prune_student(run:Run,         # run folder
                reliability={'precision': choose_precision(cfg.precision, model.config.backbone, device())})
     unpruned = _judged(model, feed)
     stages, history = [_stage('unpruned', whole, unpruned)], []
-    weights = LabelLoss(p['smoothing'], p['class_power'], p['class_beta']).weights(pack.counts())
-    objective = kd_objective(soft, feed.view_of, p['T'], p['alpha'], p['smoothing'], None if weights is None else weights.to(feed.device))
+    objective = _objective(soft, feed, p)
     for step in range(cut.steps):
         small, ratio = _cut_once(run, step, model, spec, cut, whole, feed)
         size, last = size_of(small, spec), step == cut.steps - 1

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/pack.ipynb #c002
 from __future__ import annotations
-import contextlib, errno, fcntl, hashlib, io, json, os, shutil, signal, threading
+import contextlib, errno, fcntl, functools, hashlib, io, json, os, shutil, signal, threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,13 +15,14 @@ import numpy as np, pandas as pd
 from ..artifacts import FerError, failure_code, patch_to, read_json, sha256_bytes, sha256_file, write_json
 from .images import iter_images
 from .manifest import content_hash, read_manifest
-from .preprocess import Preprocess, standardise
+from .preprocess import Preprocess, face_of, standardise
 from .splits import seen_in_training
-from ..faces.align import crop
+from ..faces.align import about_detector, find_landmarks
+from ..faces.detect import detector as make_detector
 from ..labels import CLASS_ID, N_CLASSES
 
 # %% auto #0
-__all__ = ['CHUNK_ROWS', 'CHUNK_BYTES', 'Pack', 'open_pack']
+__all__ = ['CHUNK_ROWS', 'CHUNK_BYTES', 'Pack', 'row_faces', 'open_pack']
 
 # %% ../../nbs/data/pack.ipynb #c004
 @dataclass
@@ -31,6 +32,8 @@ class Pack:
     table: pd.DataFrame    # the manifest
     spec: Preprocess       # how the pixels were made
     dataset_sha256: str    # content hash of the manifest
+    landmarks: np.ndarray|None = None # (n, 5, 2) float32 pixels of the pictures; nan = none were found, cut by the box; None = not aligned
+    detector: dict|None = None        # who found them: name, weights_sha256, score, max_side
 
     def __len__(self): return len(self.table)
 
@@ -63,6 +66,12 @@ class Pack:
         for i in np.flatnonzero((self.table['soft_label'] != '').to_numpy()): out[i] = np.array(self.table['soft_label'].iat[i].split(), np.float32)
         return out
 
+    def alignment(self)->dict|None: # detector, aligned, by_box, and by_box of each split; None = not aligned
+        "How many faces are aligned, and how many had to be cut by their box."
+        if self.landmarks is None: return None
+        boxed = np.isnan(self.landmarks[:, 0, 0])
+        return {'detector': self.detector, 'aligned': int((~boxed).sum()), 'by_box': int(boxed.sum()), 'by_box_of': {s: int(boxed[self.table['split'] == s].sum()) for s in sorted(self.table['split'].unique())}}
+
     def seen_in_training(self)->np.ndarray: # (test rows,) bool
         "Which test rows share a group with a training row: copies, in a manifest that kept them."
         return seen_in_training(self.table['split'], self.table['group'].to_numpy(str))
@@ -79,18 +88,42 @@ class Pack:
         return replace(self, table=self.table.assign(split=split))
 
 # %% ../../nbs/data/pack.ipynb #c006
-def _face(image, box, spec):
-    "The row's face: its box if it has one, else the whole picture."
-    if isinstance(box, str) and box: image = crop(image, tuple(map(float, box.split())), margin=spec.margin)
-    return standardise(image, spec)
+@dataclass(frozen=True)
+class _Search:
+    "Asks for the landmarks of rows, in place of their pixels."
+    detector: str # as of `faces.detect.detector`
 
-def _faces(roots, rows, spec, tell=None): # -> (n, channels, size, size) uint8
+def _shape(want): return (40,) if isinstance(want, _Search) else (want.channels, want.size, want.size) # 40 bytes: five points, x and y as float32
+
+@functools.lru_cache(maxsize=1)
+def _detector(name, threads): return make_detector(name, threads=threads)
+
+def _box(text): return tuple(map(float, text.split())) if isinstance(text, str) and text else None
+
+def _face(image, box, want, landmarks=None):
+    "The row's face, of its box if it has one, else of the whole picture; or its landmarks."
+    box = _box(box)
+    if not isinstance(want, _Search): return standardise(face_of(image, box, landmarks, want), want)
+    import multiprocessing
+    found = find_landmarks(image, box, _detector(want.detector, 1 if multiprocessing.parent_process() else None))
+    return np.frombuffer((np.full((5, 2), np.nan) if found is None else found).astype('<f4').tobytes(), np.uint8)
+
+def _faces(roots, rows, spec, tell=None): # -> (n, channels, size, size) uint8; of a search (n, 40)
     "The faces of some manifest rows; `tell` is called after each."
-    out, boxes = np.empty((len(rows), spec.channels, spec.size, spec.size), np.uint8), rows['box'].tolist()
+    out, boxes, landmarks = np.empty((len(rows), *_shape(spec)), np.uint8), rows['box'].tolist(), list(rows.get('landmarks', [None]*len(rows)))
     for k, (_, image) in enumerate(iter_images(roots, rows)):
-        out[k] = _face(image, boxes[k], spec)
+        out[k] = _face(image, boxes[k], spec, landmarks[k])
         if tell: tell()
     return out
+
+def row_faces(pictures, # of the rows, uint8
+              rows,     # manifest rows
+              spec:Preprocess, # its margin and align are used
+              detector:str='retinaface' # as of `open_pack`
+             )->list:   # (h, w[, 3]) uint8 faces
+    "The faces of rows whose pictures are in memory, cut as those of a pack."
+    find = (lambda p, box: find_landmarks(p, box, _detector(detector, None))) if spec.align else lambda p, box: None
+    return [face_of(p, box := _box(text), find(p, box), spec) for p, text in zip(pictures, rows['box'])]
 
 # %% ../../nbs/data/pack.ipynb #c007
 def _start_child():
@@ -227,7 +260,7 @@ def _build(path, note, roots, table, spec, about, workers, progress):
     with _alone(path.with_suffix('.lock')):
         if path.is_file() and note.is_file(): return  # another process was quicker
         for litter in path.parent.glob(f'.{path.stem}*.tmp*'): litter.unlink()  # half-written notes of a process that was killed
-        part = _Part(path, (len(table), spec.channels, spec.size, spec.size), about)
+        part = _Part(path, (len(table), *_shape(spec)), about)
         write_json(note, about | {'rows': len(table), 'sha256': _fill(part, roots, table, spec, workers, progress)})
         os.replace(part.path, path)
         part.note.unlink(missing_ok=True)
@@ -240,27 +273,45 @@ def _build_or_say(path, *args):
         if failure_code(e) != 'disk_full': raise
         raise FerError('disk_full', f'no space left for {path.name} in {path.parent}', 'free some space and run again: it resumes; or delete its .part') from None
 
+def _stored(folder, kind, of, data, table, want, about, progress, workers): # of: what its name is the hash of; -> array, its note
+    "A verified file of a row's bytes each, built if it is not there."
+    path = folder/f'{kind}-{sha256_bytes(json.dumps(of, sort_keys=True).encode())[:16]}.npy'
+    note = path.with_suffix('.json')
+    if not (path.is_file() and note.is_file()):
+        told = read_json(data/'source.json')
+        _build_or_say(path, note, told.get('roots') or told['root'], table, want, about, workers, progress)
+    if sha256_file(path) != read_json(note)['sha256']: raise FerError('hash_mismatch', f'{path} differs from its recorded sha256', 'delete it: it is rebuilt from the sources')
+    return np.load(path, mmap_mode='r'), read_json(note)
+
+# %% ../../nbs/data/pack.ipynb #c018
+def _landmarks(folder, data, table, digest, detector, progress, workers): # -> (n, 5, 2) float32, nan where there is no face; who found them; sha256 of them
+    "The landmarks of all rows, sought once."
+    by = about_detector(_detector(detector, None))
+    stored, note = _stored(folder, 'landmarks', [digest, by], data, table, _Search(detector), {'dataset_sha256': digest, 'detector': by}, progress, workers)
+    points = np.array(stored).view('<f4').reshape(-1, 5, 2)
+    if np.isnan(points).all(): raise FerError('bad_parameter', f'{by["name"]} finds no face in any of {len(table):,} pictures, so they cannot be aligned', 'pass align=0')
+    return points, by, note['sha256']
+
 def open_pack(data,            # curated data folder (holds classification_manifest.csv and source.json)
               spec:Preprocess, # preprocessing spec
               cache=None,      # folder of packs; None = `.packs/` in the data folder
               progress=None,   # f(done, total), called while building
-              workers:int=0    # processes that decode; 0 = this one
+              workers:int=0,   # processes that decode; 0 = this one
+              detector:str='retinaface' # finds landmarks for an aligned spec: 'retinaface', 'yunet' or a YuNet file
              )->Pack:          # verified pack, built if it is not there
     "Open the pack of a curated data folder under a spec, building it once."
     data = Path(data)
     if not (data/'classification_manifest.csv').is_file(): raise FerError('missing_file', f'{data} holds no classification_manifest.csv', 'run `fer run curate` first and pass its run folder')
     table = read_manifest(data/'classification_manifest.csv').reset_index(drop=True)
-    digest = content_hash(table)
-    key = sha256_bytes(json.dumps([digest, spec.to_dict()], sort_keys=True).encode())[:16]
-    path = Path(cache or data/'.packs')/f'pack-{key}.npy'
-    note = path.with_suffix('.json')
-    if not (path.is_file() and note.is_file()):
-        told = read_json(data/'source.json')
-        _build_or_say(path, note, told.get('roots') or told['root'], table, spec, {'dataset_sha256': digest, 'spec': spec.to_dict()}, workers, progress)
-    if sha256_file(path) != read_json(note)['sha256']: raise FerError('hash_mismatch', f'{path} differs from its recorded sha256', 'delete it: it is rebuilt from the sources')
-    return Pack(np.load(path, mmap_mode='r'), table, spec, digest)
+    digest, folder, rows, about, of = content_hash(table), Path(cache or data/'.packs'), table, {}, ()
+    points, by = None, None
+    if spec.align:
+        points, by, sha = _landmarks(folder, data, table, digest, detector, progress, workers)
+        rows, about, of = table.assign(landmarks=list(points)), {'landmarks': {'detector': by, 'sha256': sha, 'by_box': int(np.isnan(points[:, 0, 0]).sum())}}, (sha,)
+    pixels, _ = _stored(folder, 'pack', [digest, spec.to_dict(), *of], data, rows, spec, {'dataset_sha256': digest, 'spec': spec.to_dict(), **about}, progress, workers)
+    return Pack(pixels, table, spec, digest, points, by)
 
-# %% ../../nbs/data/pack.ipynb #c022
+# %% ../../nbs/data/pack.ipynb #c026
 class _OnTheFly:
     "Pixels under another spec than the stored ones, standardised when they are asked for; indexed like an array."
     def __init__(self, raw, spec): # raw: (n, channels, size, size) without CLAHE
@@ -277,11 +328,11 @@ class _OnTheFly:
     def __array__(self, dtype=None, copy=None): return self[:] if dtype is None else self[:].astype(dtype)
 
 @patch_to(Pack)
-def under(self, spec:Preprocess # size at most this pack's, same colour and margin
+def under(self, spec:Preprocess # size at most this pack's, same colour, margin and align
          )->Pack:               # the same faces, standardised when they are read
     "The faces of a pack without CLAHE under another spec, made on the fly."
     if spec == self.spec: return self
     raw = replace(self.spec, size=spec.size, clahe=spec.clahe, tiles=spec.tiles, mean=spec.mean, std=spec.std)
     if self.spec.clahe or raw != spec or spec.size > self.spec.size:
-        raise FerError('bad_parameter', f'a pack of {self.spec} cannot be read under {spec}', 'open a pack with clahe=0, the same colour and margin, and at least that size')
-    return Pack(_OnTheFly(self.pixels, spec), self.table, spec, self.dataset_sha256)
+        raise FerError('bad_parameter', f'a pack of {self.spec} cannot be read under {spec}', 'open a pack with clahe=0, the same colour, margin and align, and at least that size')
+    return replace(self, pixels=_OnTheFly(self.pixels, spec), spec=spec)

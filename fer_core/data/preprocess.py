@@ -7,9 +7,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 import cv2, numpy as np
 from ..artifacts import FerError
+from ..faces.align import align_similarity, crop
 
 # %% auto #0
-__all__ = ['Preprocess', 'standardise', 'normalise']
+__all__ = ['Preprocess', 'standardise', 'normalise', 'face_of']
 
 # %% ../../nbs/data/preprocess.ipynb #c004
 @dataclass(frozen=True)
@@ -22,10 +23,13 @@ class Preprocess:
     mean: float = 0.5         # subtracted after scaling to 0..1
     std: float = 0.25         # divided by, after the mean
     margin: float = 0.0       # context added around a detector's box, as a share of its side
+    align: float = 0.0        # 0 = cut out by the box; above it aligned by five landmarks, showing so many times the template's frame
 
     def __post_init__(self):
         if self.colour not in ('grey', 'rgb'): raise FerError('bad_parameter', f"colour {self.colour!r} is neither 'grey' nor 'rgb'")
         if not 8 <= self.size <= 1024: raise FerError('bad_parameter', f'size {self.size} is outside 8..1024 pixels')
+        if not (self.align == 0 or .5 <= self.align <= 3): raise FerError('bad_parameter', f'align {self.align} is neither 0 nor in 0.5..3', "pass 0 for the box, or how many times the template's frame is shown, e.g. 1.25")
+        object.__setattr__(self, 'align', float(self.align))
 
     @property
     def channels(self)->int: # 1 or 3
@@ -34,7 +38,7 @@ class Preprocess:
 
     def to_dict(self)->dict: # field -> value
         "The spec as a model file stores it."
-        return asdict(self)
+        return {k: v for k, v in asdict(self).items() if k != 'align' or v}
 
     @classmethod
     def from_dict(cls, d:dict # what `to_dict` gave; unknown keys are an error, not ignored
@@ -86,3 +90,15 @@ def normalise(pixels:np.ndarray, # (..., size, size) uint8
     out = np.multiply(pixels, np.float32(1/(255*spec.std)), out=out, dtype=np.float32, casting='unsafe')
     out -= np.float32(spec.mean/spec.std)
     return out
+
+# %% ../../nbs/data/preprocess.ipynb #c016
+def face_of(image:np.ndarray, # (H, W) or (H, W, C) uint8
+            box,              # x, y, w, h in pixels; None = the picture is the face
+            landmarks,        # (5, 2) pixels; None or not finite = none were found
+            spec:Preprocess   # its align and margin are used
+           )->np.ndarray:     # (h, w[, C]) uint8
+    "A face as the spec wants it cut out: by its landmarks, or by its box."
+    if spec.align and landmarks is not None:
+        try: return align_similarity(image, landmarks, spec.size, spec.align, most=2*spec.size)
+        except FerError: pass
+    return image if box is None else crop(image, box, margin=spec.margin)

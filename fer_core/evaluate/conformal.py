@@ -5,7 +5,6 @@
 # %% ../../nbs/evaluate/conformal.ipynb #c002
 from __future__ import annotations
 import numpy as np
-from scipy.stats import beta
 from ..artifacts import FerError
 from .metrics import check_scores
 from .statistics import wilson
@@ -89,6 +88,7 @@ def error_bound(wrong:int, # errors
                 delta:float # doubt, between 0 and 1
                )->float:   # 0..1
     "Clopper and Pearson's upper bound of an error rate."
+    from scipy.stats import beta
     return 1. if wrong >= n else float(beta.ppf(1 - delta, wrong + 1, n - wrong))
 
 def threshold_for_risk(probs,  # (n, C) calibrated probabilities of validation

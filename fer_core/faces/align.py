@@ -5,10 +5,10 @@
 # %% ../../nbs/faces/align.ipynb #c002
 from __future__ import annotations
 import cv2, numpy as np
-from ..artifacts import FerError
+from ..artifacts import FerError, sha256_bytes, sha256_file
 
 # %% auto #0
-__all__ = ['TEMPLATE', 'crop', 'align_similarity']
+__all__ = ['TEMPLATE', 'FIT', 'ROOM', 'VIEWS', 'crop', 'similarity', 'align_similarity', 'find_landmarks', 'about_detector']
 
 # %% ../../nbs/faces/align.ipynb #c004
 def crop(image:np.ndarray,  # (H, W) or (H, W, C) uint8
@@ -32,14 +32,83 @@ def crop(image:np.ndarray,  # (H, W) or (H, W, C) uint8
 
 # %% ../../nbs/faces/align.ipynb #c009
 TEMPLATE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32)/112  # of the crop's side
+FIT = .5  # least share of the template's variance that landmarks explain
+
+def similarity(points, # (n, 2)
+               target, # (n, 2) where they shall come to lie
+              )->np.ndarray|None: # (2, 3) rotation with scale, and shift; None where the points are not finite, coincide or lie otherwise than the target
+    "The rotation, scale and shift that bring points closest to a target, in the least-squares sense."
+    if not np.isfinite(points).all(): return None
+    p, q = (np.asarray(a, float).reshape(-1, 2) @ np.array([1, 1j]) for a in (points, target))
+    at, to = p.mean(), q.mean()
+    spread = np.vdot(p - at, p - at).real
+    if spread < 1e-6: return None
+    k = np.vdot(p - at, q - to)/spread
+    if abs(k)**2*spread < FIT*np.vdot(q - to, q - to).real: return None
+    c = to - k*at
+    return np.array([[k.real, -k.imag, c.real], [k.imag, k.real, c.imag]])
+
+def _averaged(image, M, k):
+    "The part of an image that a map to the unit square needs, shrunk by a whole number, which is quick, and the map from there."
+    corners, (H, W) = np.linalg.solve(M[:, :2], np.array([[0, 0, 1, 1], [0, 1, 0, 1]]) - M[:, 2:]), image.shape[:2]
+    (l, t), (r, b) = corners.min(1).astype(int) - 2*k, corners.max(1).astype(int) + 2*k
+    l, t = max(min(l, W - k), 0), max(min(t, H - k), 0)
+    w, h = (max(v//k, 1) for v in (min(r, W) - l, min(b, H) - t))
+    small = cv2.resize(image[t:t + h*k, l:l + w*k], (w, h), interpolation=cv2.INTER_AREA)
+    return small, np.c_[M[:, :2]*k, M[:, :2]@[l, t] + M[:, 2]]
 
 def align_similarity(image:np.ndarray, # (H, W) or (H, W, C) uint8
                      landmarks,        # (5, 2) pixels: right eye, left eye, nose, right and left mouth corner
                      size:int=112,     # side of the result, pixels
-                    )->np.ndarray:     # (size, size[, C]) uint8
+                     show:float=1.,    # how many times the template's frame is shown; 1 = as tight as ArcFace's
+                     most:int=0,       # greatest side: between `size` and it, as many pixels as the face has; 0 = always `size`
+                    )->np.ndarray:     # (side, side[, C]) uint8
     "Turn, scale and shift a face so that its landmarks fall on the standard template."
-    points = np.asarray(landmarks, np.float32).reshape(5, 2)
-    # every point counts as an inlier, so that the fit is least squares over all five
-    M, _ = cv2.estimateAffinePartial2D(points, TEMPLATE*size, method=cv2.RANSAC, ransacReprojThreshold=1e6, refineIters=50)
-    if M is None or not np.isfinite(M).all(): raise FerError('bad_parameter', 'the five landmarks coincide', 'crop by the box instead')
-    return cv2.warpAffine(image, M, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    M = similarity(np.asarray(landmarks, float).reshape(5, 2), (TEMPLATE - .5)/show + .5)
+    if M is None: raise FerError('bad_parameter', 'the five landmarks are not those of a face', 'crop by the box instead')
+    native = round(1/np.hypot(*M[:, 0]))
+    side = min(max(native, size), most) if most else size
+    if native >= 2*side: image, M = _averaged(image, M, native//side)
+    M = M*side
+    M[:, 2] += M[:, :2].sum(1)/2 - .5
+    return cv2.warpAffine(image, M, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+# %% ../../nbs/faces/align.ipynb #c013
+ROOM, VIEWS = 160, ((128, .25), (160, .3))  # least side of a picture that is searched as it is; else side of the enlarged box, and context on each side as a share of it
+
+def _overlap(boxes, box): # (n, 4), (4,) -> (n,) intersection over union
+    boxes, box = np.asarray(boxes, float).reshape(-1, 4), np.asarray(box, float)
+    side = np.minimum(boxes[:, :2] + boxes[:, 2:], box[:2] + box[2:]) - np.maximum(boxes[:, :2], box[:2])
+    inter = side.clip(0).prod(1)
+    return inter/(boxes[:, 2:].prod(1) + box[2:].prod() - inter)
+
+def _marks_in(image, box, least, detector):
+    "The landmarks of the detection that overlaps a box most, if they are those of a face."
+    found = detector.detect(image)
+    if not len(found.boxes): return None
+    overlap = _overlap(found.boxes, box)
+    marks = np.asarray(found.landmarks[k := int(overlap.argmax())], np.float32)
+    return marks if overlap[k] >= least and similarity(marks, TEMPLATE) is not None else None
+
+def find_landmarks(image:np.ndarray, # (H, W) or (H, W, C) uint8
+                   box,              # x, y, w, h of the face; None = the picture is the face
+                   detector,         # with `.detect(image)`
+                   least:float=.3,   # least overlap (IoU) of a given box and the detection
+                  )->np.ndarray|None: # (5, 2) float32 pixels; None where no face is found
+    "The five landmarks of the face in a box, as the detector sees them."
+    x, y, w, h = (0, 0, *image.shape[1::-1]) if box is None else map(float, box)
+    if box is None: least = 0
+    if min(image.shape[:2]) >= ROOM and (marks := _marks_in(image, (x, y, w, h), least, detector)) is not None: return marks
+    for side, margin in VIEWS:
+        cut, full = crop(image, (x, y, w, h), margin), round(side*(1 + 2*margin))
+        k = full/len(cut)
+        corner = np.round([x + w/2 - len(cut)/2, y + h/2 - len(cut)/2])  # as `crop` rounds
+        wide = cv2.resize(cut, (full, full), interpolation=cv2.INTER_CUBIC if k > 1 else cv2.INTER_AREA)
+        marks = _marks_in(wide, np.array([x - corner[0], y - corner[1], w, h])*k, least, detector)
+        if marks is not None: return (marks/k + corner).astype(np.float32)
+
+def about_detector(detector)->dict: # name, weights_sha256 and, where they are known, score and max_side
+    "Who finds the landmarks, for the record."
+    path, package = getattr(detector, 'path', None), getattr(detector, '_rf', None)
+    weights = sha256_bytes(package.WEIGHTS) if package else sha256_file(path) if path else ''
+    return {'name': getattr(detector, 'name', type(detector).__name__), 'weights_sha256': weights, **{k: v for k in ('score', 'max_side') if (v := getattr(detector, k, None)) is not None}}

@@ -12,8 +12,7 @@ import cv2, numpy as np
 import fer_core
 from ..artifacts import HASHES, FerError, patch_to, read_json, sha256_bytes
 from ..compat import session_options
-from ..data.preprocess import Preprocess, normalise, standardise
-from ..faces.align import crop
+from ..data.preprocess import Preprocess, face_of, normalise, standardise
 from ..faces.detect import Detections, as_bgr, detector as make_detector
 from ..labels import CLASSES, N_CLASSES
 
@@ -162,7 +161,7 @@ class Recognizer:
             if isinstance(self._detector, (str, Path)): self._detector = make_detector(str(self._detector), threads=self._threads)
             return self._detector
 
-    def __repr__(self): return f'Recognizer({self.path.name}: {self.spec.size} px {self.spec.colour}, T {self.temperature:.3g}, abstains below {self.threshold:g})'
+    def __repr__(self): return f'Recognizer({self.path.name}: {self.spec.size} px {self.spec.colour}{", aligned" if self.spec.align else ""}, T {self.temperature:.3g}, abstains below {self.threshold:g})'
 
 # %% ../../nbs/live/recognise.ipynb #c018
 _BATCH = 64
@@ -192,10 +191,13 @@ def classify(self, crops:list[np.ndarray] # (h, w[, 3]) uint8 face crops, BGR or
 # %% ../../nbs/live/recognise.ipynb #c023
 def face_crops(image:np.ndarray, # (H, W[, 3]) uint8
                boxes:np.ndarray, # (n, 4) x, y, w, h
-               spec:Preprocess   # its margin is used
+               spec:Preprocess,  # its margin and align are used
+               landmarks=None    # (n, 5, 2) pixels; an aligned spec needs them
               )->list[np.ndarray]: # (h, w[, 3]) uint8
     "Cut out every face of an image, as the model's spec wants it."
-    return [crop(image, box, margin=spec.margin) for box in boxes]
+    if not spec.align: return [face_of(image, box, None, spec) for box in boxes]
+    if landmarks is None: raise FerError('bad_parameter', 'the model wants aligned faces, and there are no landmarks', 'pass those of the detector')
+    return [face_of(image, box, marks, spec) for box, marks in zip(boxes, landmarks, strict=True)]
 
 def make_faces(found:Detections, # boxes and landmarks
                probs:np.ndarray, # (n, 7) calibrated probabilities
@@ -210,9 +212,9 @@ def faces(self, image:np.ndarray # (H, W, 3) uint8 BGR or (H, W) grey
     "Find the faces of an image and read their expressions."
     image = as_bgr(image)
     found = self.detector.detect(image)
-    return make_faces(found, self.classify(face_crops(image, found.boxes, self.spec)), self.threshold)
+    return make_faces(found, self.classify(face_crops(image, found.boxes, self.spec, found.landmarks)), self.threshold)
 
-# %% ../../nbs/live/recognise.ipynb #c028
+# %% ../../nbs/live/recognise.ipynb #c030
 def read_image(path # an image file
               )->np.ndarray: # (H, W, 3) uint8 BGR, turned upright by its EXIF entry
     "Decode an image file, or say which one cannot be."
@@ -248,7 +250,7 @@ def stream(self, frames,        # iterable of (H, W[, 3]) uint8, BGR or grey
     step = _step(self, track, every, smoothing)
     return (step(frame) for frame in frames)
 
-# %% ../../nbs/live/recognise.ipynb #c031
+# %% ../../nbs/live/recognise.ipynb #c033
 def _later(recognizer, f, *args):
     "An awaitable for a call in the recogniser's thread."
     import asyncio
@@ -296,7 +298,7 @@ async def __aexit__(self, *error):
     import asyncio
     await asyncio.to_thread(self.close)
 
-# %% ../../nbs/live/recognise.ipynb #c034
+# %% ../../nbs/live/recognise.ipynb #c036
 def _rows(path, faces):
     if not faces: return [{'file': str(path), 'face': None, 'box': None, 'label': None, 'confidence': None, 'abstained': None, 'probs': None}]
     return [{'file': str(path), 'face': i, 'box': [round(v, 1) for v in f.box], 'label': f.label, 'confidence': round(f.confidence, 4), 'abstained': f.abstained,
@@ -312,7 +314,7 @@ def predict(paths, # image files
     except FerError as e: e.rows = rows; raise
     return rows
 
-# %% ../../nbs/live/recognise.ipynb #c035
+# %% ../../nbs/live/recognise.ipynb #c037
 def predictions_table(rows:list[dict] # what `predict` gave
                      )->str:          # plain text, one line per face
     "The rows of `predict` as a table to read."

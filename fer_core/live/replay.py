@@ -144,7 +144,7 @@ def replay(video,          # recorded session, a video file
         ids = live.tracker.update(found.boxes, t)
         for name in names[k % len(names):] + names[:k % len(names)]:
             t0 = time.perf_counter()
-            raw = rs[name].classify(face_crops(image, found.boxes, rs[name].spec))
+            raw = rs[name].classify(face_crops(image, found.boxes, rs[name].spec, found.landmarks))
             if len(ids): times[name].append((time.perf_counter() - t0)*1e3)
             seen[name] += [(p, s.probs, CLASS_ID[s.label], s.abstained) for p, s in zip(raw, stable[name].update(ids, raw, live.tracker.ids, t))]
         rows.append((k - 1, t, ids, found.boxes, assign(given.rows.get(k - 1), ids, found.boxes)))

@@ -88,7 +88,7 @@ def step(self, frame:np.ndarray,  # (H, W[, 3]) uint8
     frame = as_bgr(frame)
     found, how = self.locate(frame)
     t1 = time.perf_counter()
-    raw = self.recognizer.classify(face_crops(frame, found.boxes, self.recognizer.spec))
+    raw = self.recognizer.classify(face_crops(frame, found.boxes, self.recognizer.spec, found.landmarks))
     t2 = time.perf_counter()
     ids = self.tracker.update(found.boxes, t)
     boxes = self._steady.update(ids, found.boxes, self.tracker.ids, t) if self._steady else found.boxes

@@ -118,16 +118,20 @@ class Tracker:
 
 # %% ../../nbs/live/track.ipynb #c018
 _GRID = np.stack(np.meshgrid(np.linspace(.2, .8, 6), np.linspace(.2, .8, 6)), -1).reshape(-1, 2)
+_COMPLEX = np.array([1, 1j], np.complex64)
 _LK = dict(winSize=(15, 15), maxLevel=3, criteria=(cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 10, .03))
 
 def _median_flow(p, q, error):
-    "Centre of the old points, shift and scale from those points that came back best."
+    "Shift, scale and turn (radians) from those points that came back best."
     good = error <= np.median(error)
     p, q = p[good], q[good]
     i, j = np.triu_indices(len(p), 1)
-    was, now = np.linalg.norm(p[i] - p[j], axis=1), np.linalg.norm(q[i] - q[j], axis=1)
-    scale = float(np.median(now[was > 1]/was[was > 1])) if (was > 1).any() else 1.
-    return np.median(q - p, axis=0), min(max(scale, .8), 1.25)
+    was, now = p[i] - p[j], q[i] - q[j]
+    far = np.linalg.norm(was, axis=1) > 1
+    if not far.any(): return np.median(q - p, axis=0), 1., 0.
+    was, now = was[far] @ _COMPLEX, now[far] @ _COMPLEX
+    change = now*was.conj()/np.abs(was)**2
+    return np.median(q - p, axis=0), min(max(float(np.median(np.abs(change))), .8), 1.25), min(max(float(np.median(np.angle(change))), -.3), .3)
 
 def follow(before:np.ndarray,   # (h, w) uint8 grey frame
            after:np.ndarray,    # (h, w) uint8 grey frame, the next one
@@ -144,8 +148,9 @@ def follow(before:np.ndarray,   # (h, w) uint8 grey frame
     p, q = p.reshape(len(boxes), -1, 2), q.reshape(len(boxes), -1, 2)
     for k in range(len(boxes)):
         if not np.median(lost[k]) < .1*boxes[k, 3] + 2: continue  # half the points are lost: leave it where it was
-        shift, scale = _median_flow(p[k], q[k], lost[k])
+        shift, scale, turn = _median_flow(p[k], q[k], lost[k])
+        c, s = scale*np.cos(turn), scale*np.sin(turn)
         centre = boxes[k, :2] + boxes[k, 2:]/2
-        landmarks[k] = (landmarks[k] - centre)*scale + centre + shift
+        landmarks[k] = (landmarks[k] - centre)@np.array([[c, s], [-s, c]]) + centre + shift
         boxes[k] = np.r_[centre + shift - boxes[k, 2:]*scale/2, boxes[k, 2:]*scale]
     return boxes, landmarks

@@ -11,10 +11,10 @@ from ..data.corruptions import CORRUPTIONS, check_corruptions, corrupt
 from ..data.images import iter_images
 from ..data.loader import Feeder, Pack
 from ..data.manifest import content_hash, data_roots, read_manifest
+from ..data.pack import row_faces
 from ..data.preprocess import standardise
 from ..evaluate.figures import stamp
 from ..evaluate.shift import SCORE, corruption_means, fit_clean, shift_curves, shift_figures, shift_table
-from ..faces.align import crop
 from ..labels import CLASS_ID, CLASSES
 from ..models.backbones import load_model
 from ..teach.ensemble import fuse, mirrored
@@ -32,6 +32,7 @@ class Asked:
     def __init__(self, folder,    # teacher, student or ensemble run folder
                  device='cpu'):   # where its networks run
         self.folder, self.device = Path(folder), device
+        self._cut = None, {} # pictures, their faces by margin and align: they are cut once for all conditions
         m = Run(self.folder).manifest
         if m.stage not in ASKED: raise FerError('bad_parameter', f'{self.folder.name} is a {m.stage} run', f'pass a run of {", ".join(ASKED)}')
         if m.status not in ('accepted', 'rejected'): raise FerError('missing_checkpoint', f'{self.folder.name} has not ended: it is {m.status}', 'run its stage to the end')
@@ -49,7 +50,9 @@ class Asked:
         return z[0] if self.fusion is None else fuse(z, self.fusion['temperatures'], self.fusion['weights'], self.fusion.get('fusion', 'logits'))
 
     def _ask(self, model, spec, flip, change, pictures, rows):
-        faces = [crop(p, tuple(map(float, box.split())), margin=spec.margin) if box else p for p, box in zip(pictures, rows['box'])]
+        if self._cut[0] is not pictures: self._cut = pictures, {}
+        if (how := (spec.margin, spec.align)) not in self._cut[1]: self._cut[1][how] = row_faces(pictures, rows, spec)
+        faces = self._cut[1][how]
         pixels = np.stack([standardise(np.ascontiguousarray(change(f, i)), spec) for f, i in zip(faces, rows['id'])])
         feed = Feeder(Pack(pixels, rows, spec, ''), self.device)
         return predict_logits(model, feed, np.arange(len(rows)), flip=flip)

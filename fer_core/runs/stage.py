@@ -9,11 +9,11 @@ from pathlib import Path
 from ..artifacts import FAILURES, FerError, Run, failure_code, git_state, new_run_folder, read_json, sha256_bytes, sha256_file, utc_now, write_hashes
 
 # %% auto #0
-__all__ = ['STAGES', 'stage_notebook', 'parameters', 'resolve', 'fingerprint', 'find_run', 'same_weights', 'runs_root', 'begin',
-           'run_stage']
+__all__ = ['STAGES', 'LATER', 'stage_notebook', 'parameters', 'resolve', 'fingerprint', 'find_run', 'same_weights', 'runs_root',
+           'begin', 'run_stage']
 
 # %% ../../nbs/runs/stage.ipynb #c004
-STAGES = ('curate', 'pretrain', 'teacher', 'ensemble', 'student', 'prune', 'calibrate', 'shift', 'compress', 'benchmark', 'compare', 'sweep', 'errors', 'thesis')  # in pipeline order
+STAGES = ('curate', 'pretrain', 'teacher', 'ensemble', 'student', 'prune', 'qat', 'calibrate', 'shift', 'compress', 'benchmark', 'compare', 'sweep', 'errors', 'thesis')  # in pipeline order
 
 def stage_notebook(stage:str # stage name
                   )->Path:   # its source notebook
@@ -78,11 +78,13 @@ def _essence(value):
     if isinstance(value, str) and value and (Path(value)/'run.json').is_file(): return 'run:' + read_json(Path(value)/'run.json').get('fingerprint', '')
     return value
 
+LATER = {'align': 0.} # parameter -> value that means what all runs did before it
+
 def fingerprint(stage:str, # stage name
                 given:dict # resolved parameters
                )->str:     # 16 hex digits
     "What makes a run this run."
-    return sha256_bytes(json.dumps([stage, {k: _essence(v) for k, v in given.items() if k != 'run_dir'}], sort_keys=True).encode())[:16]
+    return sha256_bytes(json.dumps([stage, {k: _essence(v) for k, v in given.items() if k != 'run_dir' and not (k in LATER and v == LATER[k])}], sort_keys=True).encode())[:16]
 
 def find_run(root, # folder of runs
              mark:str # fingerprint
@@ -103,7 +105,7 @@ def _quiet(path):
     try: return read_json(path)
     except FerError: return {}
 
-# %% ../../nbs/runs/stage.ipynb #c013
+# %% ../../nbs/runs/stage.ipynb #c014
 def runs_root()->Path: # $FER_CORE_RUNS, else papermill_runs/ of the clone or of the current folder
     "The folder that holds runs."
     if os.environ.get('FER_CORE_RUNS'): return Path(os.environ['FER_CORE_RUNS'])
@@ -121,7 +123,7 @@ def begin(stage:str,     # stage name
     run.record(status='running', failure=None)
     return run
 
-# %% ../../nbs/runs/stage.ipynb #c015
+# %% ../../nbs/runs/stage.ipynb #c016
 def _watch(run, show, stop):
     "Pass a run's progress on until told to stop."
     while not stop.wait(.5):
@@ -140,7 +142,7 @@ def _blame(exc)->tuple[str, str]: # failure code and message
     if name == 'OSError' and 'No space left' in text: return 'disk_full', text
     return failure_code(exc), f'{name}: {text}' if name else text
 
-# %% ../../nbs/runs/stage.ipynb #c016
+# %% ../../nbs/runs/stage.ipynb #c017
 def _execute(stage, run, given, timeout):
     "Run the stage's notebook with papermill."
     import papermill

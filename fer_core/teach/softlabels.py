@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
-from sklearn.decomposition import PCA
 from torch import nn
 from ..artifacts import FerError, Run, atomic_path, parent_folder, read_json, sha256_bytes, sha256_file, write_json, write_text
 from ..data.loader import Augment, Feeder, Pack, draw_views, open_pack
@@ -45,6 +44,7 @@ def hint_basis(embeddings:np.ndarray, # (n, d) unit embeddings of the training r
                width:int              # principal components kept
               )->dict:                # mean (d,), axes (d, width) scaled to unit mean square length, kept share of variance
     "The principal components of a teacher's embeddings."
+    from sklearn.decomposition import PCA
     pca = PCA(min(width, *embeddings.shape), svd_solver='covariance_eigh').fit(embeddings)
     axes = pca.components_.T/np.sqrt(pca.explained_variance_.sum())
     return {'mean': pca.mean_.astype(np.float32), 'axes': axes.astype(np.float32), 'kept': np.float32(pca.explained_variance_ratio_.sum())}

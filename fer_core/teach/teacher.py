@@ -41,7 +41,7 @@ def open_data(run:Run,         # run that reads the data
     pack = _opened(data, spec, fraction, seed, lambda i, n: run.progress(i, n, f'packing {i:,}/{n:,}'))
     splits, clean = pack.table['split'].value_counts().to_dict(), Path(data)/'clean_report.json'
     leak = {k: v for k, v in (read_json(clean) if clean.is_file() else {}).items() if k in ('copies', 'test_rows_in_training')}
-    run.record(dataset={'folder': str(data), 'sha256': pack.dataset_sha256, 'sources': sorted(pack.table['source'].unique()), 'splits': splits, 'priors': dict(zip(CLASSES, pack.priors().round(6))), **leak},
+    run.record(dataset={'folder': str(data), 'sha256': pack.dataset_sha256, 'sources': sorted(pack.table['source'].unique()), 'splits': splits, 'priors': dict(zip(CLASSES, pack.priors().round(6))), **leak, **({'alignment': pack.alignment()} if spec.align else {})},
                preprocessing=spec.to_dict(), class_order=list(CLASSES), parents={'data': parent(data, 'classification_manifest.csv')})
     return pack
 

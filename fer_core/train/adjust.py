@@ -5,7 +5,6 @@
 # %% ../../nbs/train/adjust.ipynb #c002
 from __future__ import annotations
 import numpy as np, torch
-from sklearn.metrics import f1_score
 from ..artifacts import FerError
 
 # %% auto #0
@@ -31,5 +30,6 @@ def choose_tau(logits:np.ndarray, # (n, k) of validation
                taus=TAUS          # strengths to try
               )->tuple[float, list]: # the best τ, macro-F1 of each
     "The strength of greatest macro-F1 on validation."
+    from sklearn.metrics import f1_score
     scores = [f1_score(labels, adjust_logits(logits, priors, t).argmax(1), average='macro') for t in taus]
     return float(taus[int(np.argmax(np.round(scores, 6)))]), scores
