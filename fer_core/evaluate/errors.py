@@ -18,7 +18,7 @@ __all__ = ['finished_run', 'cell_differences', 'sure_errors', 'faces_shown', 'ca
 
 # %% ../../nbs/evaluate/errors.ipynb #c005
 def finished_run(folder,                       # run folder
-                 stages=('teacher', 'student', 'prune') # what it may be
+                 stages=('teacher', 'student', 'prune', 'qat') # what it may be
                 ):                             # its manifest
     "The manifest of a run that has ended, or one clear error."
     m = Run(folder).manifest

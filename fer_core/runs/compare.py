@@ -60,7 +60,7 @@ def settings_of(folder # run folder
     return {'stage': m.stage, **settings}, tuple(seeds)
 
 # %% ../../nbs/runs/compare.ipynb #c006
-VARIANTS = {'teacher': ('',), 'student': ('',), 'prune': ('',), 'ensemble': ('',), 'compress': ('fp32', 'int8')} # stage -> judged files of a run
+VARIANTS = {'teacher': ('',), 'student': ('',), 'prune': ('',), 'qat': ('',), 'ensemble': ('',), 'compress': ('fp32', 'int8')} # stage -> judged files of a run
 
 class Judged(NamedTuple):
     "One judged model."

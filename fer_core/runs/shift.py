@@ -25,7 +25,7 @@ from ..train.loop import predict_logits
 __all__ = ['ASKED', 'BLOCK', 'SAME', 'Asked', 'shifts', 'ask_blocks', 'Shifted']
 
 # %% ../../nbs/runs/shift.ipynb #c004
-ASKED = ('teacher', 'student', 'prune', 'ensemble')  # whose runs can be asked
+ASKED = ('teacher', 'student', 'prune', 'qat', 'ensemble')  # whose runs can be asked
 
 class Asked:
     "A finished run as a function from pictures to logits."
