@@ -208,7 +208,7 @@ def test_hidden_faces_are_all_the_same_and_shown_ones_are_the_manifests(world):
 
 def test_runs_that_cannot_be_looked_at_are_refused(world, tmp_path):
     assert finished_run(world.student).stage == 'student' and finished_run(world.teacher, ('teacher',)).stage == 'teacher'
-    for stage, status, code, said in (('student', 'running', 'missing_checkpoint', 'has not ended'), ('student', 'failed', 'missing_checkpoint', 'has not ended'), ('compress', 'accepted', 'bad_parameter', 'is a compress run'), ('ensemble', 'accepted', 'bad_parameter', 'name a teacher or student or prune run')):
+    for stage, status, code, said in (('student', 'running', 'missing_checkpoint', 'has not ended'), ('student', 'failed', 'missing_checkpoint', 'has not ended'), ('compress', 'accepted', 'bad_parameter', 'is a compress run'), ('ensemble', 'accepted', 'bad_parameter', 'name a teacher or student or prune or qat run')):
         Run.create(tmp_path/'r', stage).record(status=status)
         with pytest.raises(FerError) as e: finished_run(tmp_path/'r')
         assert e.value.code == code and said in str(e.value)
