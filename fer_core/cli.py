@@ -200,12 +200,11 @@ def runs(out:Out = None,
     from fer_core.runs.browse import all_runs, pick
     from fer_core.runs.report import runs_table
     from fer_core.runs.stage import runs_root
-    root = out or runs_root()
-    usual = list(runs_table(root)) if not show else [c for c in show.split(',') if c]
-    found = pick(all_runs(root), where or (), sort, show and usual)
+    usual = runs_table(root := out or runs_root())
+    found = pick(all_runs(root, usual), where or (), sort, [c for c in show.split(',') if c])
     if csv:
         with atomic_path(csv) as tmp: found.to_csv(tmp, index=False)
-    _print((found if show else found[usual]).convert_dtypes(), as_json)
+    _print((found if show else found[list(usual)]).convert_dtypes(), as_json)
 
 @app.command()
 def diff(folders:Annotated[list[Path], typer.Argument(help='two or more run folders', metavar='RUN RUN...')], as_json:Json = False):

@@ -25,10 +25,11 @@ def flat_manifest(folder # run folder
     "A run's manifest without its nesting."
     return dict(_flat(Run(folder).manifest.model_dump()))
 
-def all_runs(root # folder of runs
+def all_runs(root,      # folder of runs
+             table=None # of `runs_table`, where it has been made
             )->pd.DataFrame: # columns of `runs_table`, then all the rest, by dotted name
     "All runs of a folder with everything their manifests say, newest last."
-    table = runs_table(root)
+    if table is None: table = runs_table(root)
     rest = [flat_manifest(Path(root)/name) if status != 'unreadable' else {} for name, status in zip(table['run'], table['status'])]
     rest = pd.DataFrame(rest, index=table.index)
     return table.join(rest[[c for c in rest if c not in table and c != 'experiment_id']])

@@ -380,7 +380,7 @@ def _hashes_row(runs):
 
 def _environment_row(runs):
     without = [r for r in runs if not r.manifest.environment.get('packages')]
-    kinds = {json.dumps({k: v for k, v in r.manifest.environment.items() if k not in ('gpu', 'cuda')}, sort_keys=True) for r in runs} # these two are seen only once torch is loaded
+    kinds = {json.dumps({k: v for k, v in r.manifest.environment.items() if k not in ('gpu', 'cuda', 'threads')}, sort_keys=True) for r in runs} # these are seen only once torch is loaded
     e = runs[-1].manifest.environment
     said = f'python {e.get("python")}, torch {e.get("packages", {}).get("torch")}, {e.get("cpu")}, {e.get("cores")} cores; ' + ('one environment' if len(kinds) == 1 else f'{len(kinds)} environments') + f' over {len(runs)} runs'
     return _row('environment', not without, f'not recorded in {_runs(r.folder for r in without)}' if without else said, [r.folder for r in without or runs])
