@@ -30,3 +30,14 @@ def shared(): # -> folder with real data and weights (data/, weights/), read-onl
     folder = Path(os.environ.get('FER_CORE_SHARED') or ROOT.parent/'shared')
     if not (folder/'data').is_dir(): pytest.skip(f'real data: {folder} is not there (set FER_CORE_SHARED)')
     return folder
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory): # a curated folder of drawn discs, seven classes: 56 to train on, 21 to choose by, 21 to test
+    import torch
+    from fer_core.data.curate import curate
+    from fer_core.data.synthetic import write_discs
+    torch.set_num_threads(1)
+    at = tmp_path_factory.mktemp('discs')
+    curate(write_discs(at/'raw', train=8, val=3, test=3), at/'data', source='folder', near=None)
+    return at/'data'

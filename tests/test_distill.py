@@ -33,14 +33,6 @@ TINY = ModelConfig('resemotenet_c')
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    torch.set_num_threads(1)
-    at = tmp_path_factory.mktemp('discs')
-    curate(write_discs(at/'raw', train=8, val=3, test=3), at/'data', source='folder', near=None)
-    return at/'data'
-
-
-@pytest.fixture(scope='module')
 def first(data, tmp_path_factory): # a student trained on labels
     run = Run.create(tmp_path_factory.mktemp('runs')/'ce', 'student', {'phase': 'ce'})
     train_student(run, data, 'ce', TINY, SPEC, QUICK)

@@ -10,11 +10,9 @@ from scipy.special import rel_entr, softmax
 
 from fer_core.artifacts import FAILURES, FerError, Run, read_json
 from fer_core.data.augment import Augment, Mix, Mixed, make_mix
-from fer_core.data.curate import curate
 from fer_core.data.hard import train_weights
 from fer_core.data.loader import Feeder, open_pack
 from fer_core.data.preprocess import Preprocess
-from fer_core.data.synthetic import write_discs
 from fer_core.distill.dkd import dkd_loss, dkd_terms
 from fer_core.distill.kd import kd_loss, mixed_teacher
 from fer_core.distill.objective import dkd_objective, kd_objective
@@ -183,14 +181,6 @@ def test_losses_stay_on_the_device(name): # `meta` refuses to mix devices, as a 
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    torch.set_num_threads(1)
-    home = tmp_path_factory.mktemp('mixing')
-    curate(write_discs(home/'discs', train=8, val=3, test=3), home/'data', source='folder', near=None)
-    return home/'data'
-
 
 @pytest.fixture(scope='module')
 def pack(data): return open_pack(data, SPEC)

@@ -12,10 +12,8 @@ from torch import nn
 from fer_core.artifacts import FerError, Run, read_json, sha256_file, write_json
 from fer_core.compress import prune as P
 from fer_core.compress.release import stratified
-from fer_core.data.curate import curate
 from fer_core.data.loader import Augment, Feeder, open_pack
 from fer_core.data.preprocess import Preprocess
-from fer_core.data.synthetic import write_discs
 from fer_core.distill.student import adopted_run, started_from, train_student
 from fer_core.evaluate.gates import evaluate_gates
 from fer_core.models.backbones import Classifier, ModelConfig, PrunedConfig, load_model, model_size, save_model, smaller, with_projector
@@ -38,14 +36,6 @@ def lively(config): # random weights whose batch norms do something
 
 
 def pictures(spec, n=4): return torch.randn(n, spec.channels, spec.size, spec.size, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    torch.set_num_threads(1)
-    at = tmp_path_factory.mktemp('discs')
-    curate(write_discs(at/'raw', train=8, val=3, test=3), at/'data', source='folder', near=None)
-    return at/'data'
 
 
 @pytest.fixture(scope='module')

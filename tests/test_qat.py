@@ -12,10 +12,8 @@ from fer_core.artifacts import FerError, Run, read_json, sha256_file, write_json
 from fer_core.compress import qat as A
 from fer_core.compress.export import export_onnx, onnx_logits
 from fer_core.compress.quantize import quantize_static_int8
-from fer_core.data.curate import curate
 from fer_core.data.loader import Augment
 from fer_core.data.preprocess import Preprocess
-from fer_core.data.synthetic import write_discs
 from fer_core.distill.student import adopted_run, train_student
 from fer_core.models.backbones import Classifier, ModelConfig, load_model, save_model
 from fer_core.train.average import Average
@@ -57,14 +55,6 @@ def small(tmp_path_factory): # -> network, inputs, float file, INT8 file
     net = lively(little(), x)
     fp32 = export_onnx(net, at/'fp32.onnx', Preprocess(size=24))
     return net, x, fp32, quantize_static_int8(fp32, at/'int8.onnx', x)
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    torch.set_num_threads(1)
-    at = tmp_path_factory.mktemp('discs')
-    curate(write_discs(at/'raw', train=8, val=3, test=3), at/'data', source='folder', near=None)
-    return at/'data'
 
 
 @pytest.fixture(scope='module')

@@ -55,9 +55,11 @@ def toy_plan(toys, name, text):
     home = toys.root/name
     (home/'common').mkdir(parents=True)
     (home/'plan.yaml').write_text(text)
+    (home/'fer_core').mkdir()
+    (home/'fer_core/__init__.py').write_text('raise SystemExit("the fer_core of the working directory, not that of the command")')
     env = toys.env | {'TOY': str(home/'common')}
     command = [FER, 'quickstart', '--plan', str(home/'plan.yaml'), '--out', str(home/'runs'), '--reports', str(home/'reports')]
-    return SimpleNamespace(home=home, env=env, command=command, go=lambda *more: subprocess.run([*command, *more], env=env, capture_output=True, text=True, timeout=300))
+    return SimpleNamespace(home=home, env=env, command=command, go=lambda *more: subprocess.run([*command, *more], env=env, cwd=home, capture_output=True, text=True, timeout=300))
 
 
 def ended(done): return {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.split()[1:2] and line.split()[1] in ('accepted', 'failed')}

@@ -10,6 +10,7 @@ from ..artifacts import FerError, Run, parent, parent_folder, patch_to, read_jso
 from ..data.manifest import read_manifest
 from ..distill.student import OF_THE_MODEL, adopted_run, started_from
 from ..evaluate import gates as rules, metrics as scores, statistics
+from .reproduce import checklist as checklist_of, path_evidence
 from ..train.judge import read_logits
 
 # %% auto #0
@@ -28,7 +29,7 @@ class Pipeline:
         self.student = adopted_run(self.students[-1])
         self._names = _unique((*self.teachers, *self.students))
         self.dataset = Run(self.data).manifest.dataset
-        for folder in (*self.teachers, self.ensemble, *self.students, self.calibration, self.compressed, self.benchmark):
+        for folder in self.runs()[1:]:
             other = Run(folder).manifest.dataset.get('sha256')
             if other != self.dataset['sha256']: raise FerError('softlabel_misaligned', f'{folder.name} stands on dataset {str(other)[:12]}, {self.data.name} is {self.dataset["sha256"][:12]}', 'report runs of one curated dataset')
         fused = read_json(self.ensemble/'ensemble_metrics.json')['fusion']['teachers']
@@ -39,6 +40,11 @@ class Pipeline:
         files = {'data': 'classification_manifest.csv', 'ensemble': 'logits.npz', 'student': 'best.safetensors', 'compressed': 'student.onnx', 'benchmark': 'latency.json', 'calibration': 'calibration.json'}
         run.record(dataset=self.dataset, class_order=list(Run(self.student).manifest.class_order), seeds=Run(self.student).manifest.seeds,
                    parents={k: parent(getattr(self, k), f) for k, f in files.items()} | {f'phase_{i}': parent(s, 'best.safetensors') for i, s in enumerate(self.students)})
+
+@patch_to(Pipeline)
+def runs(self)->list: # run folders
+    "Every run of the path, from the data on."
+    return [self.data, *self.teachers, self.ensemble, *self.students, self.calibration, self.compressed, self.benchmark]
 
 def _test(folder, key='test'): return read_json(Path(folder)/'metrics.json')[key]
 
@@ -111,7 +117,7 @@ def gates(self)->pd.DataFrame:
     "All verdicts of the path; a gate nobody judged fails as missing."
     verdicts = [v for f in (self.ensemble, *self.students, self.calibration, self.compressed, self.benchmark) for v in Run(f).manifest.gates]
     seen = {v['rule'] for v in verdicts}
-    verdicts += [v for v in rules.evaluate_gates({}) if v['rule'] not in seen]
+    verdicts += [v for v in rules.evaluate_gates(path_evidence(self.student, self.runs())) if v['rule'] not in seen]
     self.run.record(gates=verdicts)
     return rules.gate_table(verdicts)
 
@@ -153,6 +159,7 @@ def evidence(self)->dict: # metric -> {'value', 'from', 'split', 'n'}
     if 'kd' in phase:
         told = Run(phase['dkd']).manifest.reliability.get('adoption', {}) if 'dkd' in phase else {}
         found |= rules.phase_evidence(_test(phase['kd']), teachers, told.get('adopted'), _test(phase['dkd'], 'val') if told else None)
+    found |= path_evidence(self.student, self.runs())
     write_json(self.run.path('evidence.json'), found)
     return found
 
@@ -242,8 +249,15 @@ def lineage(self)->pd.DataFrame:
     "Every run behind the report: status, commit, minutes, hash of its hash manifest."
     from fer_core.artifacts import HASHES, sha256_file
     rows = []
-    for f in (self.data, *self.teachers, self.ensemble, *self.students, self.calibration, self.compressed, self.benchmark):
+    for f in self.runs():
         m = Run(f).manifest
         rows.append({'run': f.name, 'stage': m.stage, 'status': m.status, 'commit': (m.git.get('commit') or 'none')[:10], 'clean': not m.git.get('dirty'), 'minutes': None if m.seconds is None else round(m.seconds/60, 1),
                      'fingerprint': m.fingerprint, 'hashes sha256': sha256_file(f/HASHES)[:16] if (f/HASHES).is_file() else 'missing'})
     return pd.DataFrame(rows).set_index('run')
+
+@patch_to(Pipeline)
+def checklist(self)->pd.DataFrame: # of `checklist`; also recorded in the run as checklist.json
+    "The reproducibility checklist of the path."
+    table = checklist_of(self.runs())
+    write_json(self.run.path('checklist.json'), table.reset_index().to_dict('records'))
+    return table

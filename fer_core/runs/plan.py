@@ -236,9 +236,9 @@ def _threads(jobs):
 
 def _run_apart(step, order, threads, watch, born):
     "Run a step in a process of its own; `born` receives the process."
-    home = str(Path(__file__).parents[2])
+    home = str(Path(__file__).parents[2]) # the child runs this code, whatever fer_core lies in the working directory
     env = os.environ | {'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': os.pathsep.join(filter(None, [home, os.environ.get('PYTHONPATH')]))}
-    with tempfile.TemporaryFile('w+') as err, subprocess.Popen([sys.executable, '-c', _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True, env=env, start_new_session=True) as p:
+    with tempfile.TemporaryFile('w+') as err, subprocess.Popen([sys.executable, '-P', '-c', _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True, env=env, start_new_session=True) as p:
         born(p)
         try: p.stdin.write(json.dumps(order | {'argv': sys.argv}) + '\n'); p.stdin.flush()
         except BrokenPipeError: order = None # it died before it could read: said below

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 import fer_core
 from ..artifacts import FerError, HASHES, Run, read_json, sha256_bytes, sha256_file, utc_now, verify_hashes, write_hashes, write_json
-from ..evaluate.gates import MILESTONES, evaluate_gates, gate_table
+from ..evaluate.gates import evaluate_gates
 from .plan import Step
 from .report import verify_run
 from .stage import STAGES, parameters, run_stage, same_weights
@@ -17,7 +17,7 @@ from .stage import STAGES, parameters, run_stage, same_weights
 # %% auto #0
 __all__ = ['REPORT', 'check_run', 'recipe', 'made_from', 'compare_metrics', 'repro_evidence', 'compare_files',
            'compare_environment', 'compare_code', 'compare_runs', 'repro_table', 'reproduce', 'find_rerun',
-           'path_evidence', 'gates_of', 'milestones_of', 'checklist', 'path_checklist']
+           'path_evidence', 'checklist']
 
 # %% ../../nbs/runs/reproduce.ipynb #c004
 def _plain(entry): return entry if isinstance(entry, dict) else entry.model_dump()
@@ -340,24 +340,6 @@ def path_evidence(student, # run folder of the model that stands
     def worst(metric): return max((r['evidence'][metric] for r in found.values() if metric in r['evidence']), key=lambda e: float('inf') if e['value'] is None else e['value'])
     return {k: (e := worst(k)) | {'from': f'{e["from"]}; largest of {len(found)} runs executed again'} for k in ('repro.macro_f1_change', 'repro.ece_change')}
 
-def _path_runs(pipe): return [pipe.data, *pipe.teachers, pipe.ensemble, *pipe.students, pipe.calibration, pipe.compressed, pipe.benchmark]
-
-def gates_of(pipe # a `Pipeline`
-            )->pd.DataFrame: # gate table
-    "A path's gates as `Pipeline.gates` has them, G-repro by its reruns."
-    pipe.gates()
-    mine = evaluate_gates(path_evidence(pipe.student, _path_runs(pipe)), 'G-repro')
-    verdicts = [next((m for m in mine if m['rule'] == v['rule']), v) for v in pipe.run.manifest.gates]
-    pipe.run.record(gates=verdicts)
-    return gate_table(verdicts)
-
-def milestones_of(pipe # a `Pipeline`
-                 )->pd.DataFrame: # gate table
-    "A path's milestones, with its reruns as evidence; what is known is also written into evidence.json."
-    found = pipe.evidence() | path_evidence(pipe.student, _path_runs(pipe))
-    write_json(pipe.run.path('evidence.json'), found)
-    return gate_table(evaluate_gates(found, rules=MILESTONES))
-
 # %% ../../nbs/runs/reproduce.ipynb #c028
 def _runs(folders): return ', '.join(dict.fromkeys(Path(f).name for f in folders))
 
@@ -423,10 +405,3 @@ def checklist(folders # run folders, those of a path; reruns among them are take
     if not runs: raise FerError('bad_parameter', 'no runs but reruns are named', 'name the runs that they repeat as well')
     rows = [_seeds_row(runs), _commit_row(runs), _hashes_row(runs), _environment_row(runs), _calibration_row(runs), _compression_row(runs), _latency_row(runs), _reliability_row(runs), _rerun_row(runs, reruns)]
     return pd.DataFrame(rows).set_index('item')
-
-def path_checklist(pipe # a `Pipeline`
-                  )->pd.DataFrame: # of `checklist`; also recorded in the run as checklist.json
-    "The checklist of a path."
-    table = checklist(_path_runs(pipe))
-    write_json(pipe.run.path('checklist.json'), table.reset_index().to_dict('records'))
-    return table
