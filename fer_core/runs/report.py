@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 import pandas as pd
 from ..artifacts import FerError, Run, read_json, sha256_file, verify_hashes, write_text
+from ..compat import mend_nbformat
 from ..evaluate.figures import stamp
 from ..evaluate.gates import evidence_of
 
@@ -180,6 +181,7 @@ def to_html(notebook, # executed notebook
             page      # HTML file to write
            )->Path:   # the page
     "A self-contained HTML page of an executed notebook."
+    mend_nbformat()
     import nbformat
     from nbconvert import HTMLExporter
     nb = nbformat.read(notebook, as_version=4)
@@ -208,6 +210,7 @@ def publish(run:Run,  # finished run
     "Copy a run's executed notebook, its HTML page and the run.json of every run behind it into `reports/<run id>/`."
     source = run.path(f'{run.manifest.stage}.ipynb')
     if not source.is_file(): raise FerError('missing_file', f'{source} is not there', 'execute the stage with `fer run`')
+    mend_nbformat()
     import nbformat
     home, nb = Path(reports)/run.folder.name, nbformat.read(source, as_version=4)
     if 'papermill' in nb.metadata: nb.metadata.papermill.update(input_path=f'nbs/stages/{source.name}', output_path=source.name) # not where this machine keeps them

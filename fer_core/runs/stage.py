@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast, difflib, json, os, threading
 from pathlib import Path
 from ..artifacts import FAILURES, FerError, Run, failure_code, git_state, new_run_folder, read_json, sha256_bytes, sha256_file, utc_now, write_hashes
+from ..compat import mend_nbformat
 
 # %% auto #0
 __all__ = ['STAGES', 'LATER', 'stage_notebook', 'parameters', 'resolve', 'fingerprint', 'find_run', 'same_weights', 'runs_root',
@@ -145,6 +146,7 @@ def _blame(exc)->tuple[str, str]: # failure code and message
 # %% ../../nbs/runs/stage.ipynb #c017
 def _execute(stage, run, given, timeout):
     "Run the stage's notebook with papermill."
+    mend_nbformat()
     import papermill
     from nbformat.warnings import MissingIDFieldWarning
     import logging, warnings
