@@ -372,13 +372,19 @@ def by_class():
     return Scaling('vector', tuple(np.linspace(.4, 1.2, 7).tolist()), tuple(np.linspace(-1, 1, 7).tolist()))
 
 
+def by_answer():
+    from fer_core.evaluate.answer import AnswerScaling
+    return AnswerScaling(1.3, .8, tuple(np.linspace(-2, 1, 7).tolist()))
+
+
+@pytest.mark.parametrize('scaling', [by_class(), by_answer()], ids=['class', 'answer'])
 @pytest.mark.parametrize('which', [3, 4], ids=['float', 'int8'])
-def test_a_scaling_by_class_is_part_of_the_graph(files, tmp_path, which):
+def test_a_scaling_is_part_of_the_graph(files, tmp_path, which, scaling):
     from fer_core.compress.export import scale_logits
     from fer_core.live.recognise import Recognizer
     x, path = pictures(40, seed=5), tmp_path/'m.onnx'
     shutil.copy(files[which], path)
-    plain, scaling = onnx_logits(path, x), by_class()
+    plain = onnx_logits(path, x)
     scale_logits(path, scaling)
     assert np.abs(onnx_logits(path, x) - scaling(plain)).max() < 1e-4 and np.abs(onnx_logits(path, x[:1]) - scaling(plain[:1])).max() < 1e-4
     assert json.loads(read_metadata(path)['scaling']) == json.loads(json.dumps(scaling.to_dict()))
@@ -389,7 +395,8 @@ def test_a_scaling_by_class_is_part_of_the_graph(files, tmp_path, which):
     with pytest.raises(FerError, match='graph'): write_metadata(path, scaling='none')
 
 
-def test_a_variant_that_needs_more_than_a_temperature_gets_it(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize('scaling', [by_class(), by_answer()], ids=['class', 'answer'])
+def test_a_variant_that_needs_more_than_a_temperature_gets_it(files, tmp_path, monkeypatch, scaling):
     import pandas as pd
     from types import SimpleNamespace
     from fer_core.artifacts import Run
@@ -402,7 +409,7 @@ def test_a_variant_that_needs_more_than_a_temperature_gets_it(files, tmp_path, m
     pack = SimpleNamespace(dataset_sha256='d'*64, labels=labels, rows=rows.get, table=pd.DataFrame({'id': [f'r{i}' for i in range(140)]}))
     run = Run.create(tmp_path/'run', 'compress')
     run.record(dataset={'priors': dict.fromkeys(CLASSES, 1/7)})
-    monkeypatch.setattr(release, 'choose_scaling', lambda z, y, minority: (by_class(), {'reason': 'asked for by a test'}))
+    monkeypatch.setattr(release, 'choose_scaling', lambda z, y, minority: (scaling, {'reason': 'asked for by a test'}))
     logits, metrics, calibration = release._judge_variant(run, pack, path, 'fp32', {s: x[r] for s, r in rows.items()}, {s: labels[r] for s, r in rows.items()})
     assert np.abs(logits['test'] - onnx_logits(path, x[70:])).max() < 1e-4 # what is judged is what the file says
     assert np.abs(release._as_file(calibration, plain[70:]) - logits['test']).max() < 1e-4

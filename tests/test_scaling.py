@@ -7,7 +7,8 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
 
 from fer_core.artifacts import FerError
-from fer_core.evaluate import scaling
+from fer_core.evaluate import answer, scaling
+from fer_core.evaluate.answer import AnswerScaling, answer_gap, fit_answers
 from fer_core.evaluate.calibrate import fit_temperature
 from fer_core.evaluate.conformal import SCORES, error_bound, prediction_sets, risk_table, set_figures, sets_table, threshold_for_risk
 from fer_core.evaluate.metrics import softmax
@@ -89,15 +90,14 @@ def test_a_bend_is_mended_and_an_honest_model_left_alone(bent):
     assert found.method == 'vector' and {'fear', 'sad'} <= set(why['own'])
     z, y = posterior(6000, 1)
     calm, why = choose_scaling(3*z, y)
-    assert calm.method == 'temperature' and 1/calm.scale[0] == pytest.approx(3, abs=.1) and not why['tried'] and 'no class' in why['reason']
+    assert calm.method == 'temperature' and 1/calm.scale[0] == pytest.approx(3, abs=.1) and list(why['tried']) == ['temperature', 'answer'] and 'within chance' in why['tried']['answer']['refused'] and 'no class' in why['reason']
 
 
 def test_a_class_with_few_faces_gets_nothing_of_its_own():
     z, y = posterior(4000)
     z[:, 1] = z[:, 1]*3 + 3 # disgust, 4 %
     found, why = choose_scaling(z, y)
-    assert (y == 1).sum() < scaling.MIN_ROWS and 'disgust' not in why['own']
-    assert 'with too few: disgust' in why['reason'] or found.scale[1] == found.scale[0]
+    assert (y == 1).sum() < scaling.MIN_ROWS and 'disgust' not in why['own'] and 'by class: no class has' in why['reason'] and not {'per_class', 'vector'} & set(why['tried'])
 
 
 def test_what_costs_a_minority_its_f1_is_refused(bent, monkeypatch):
@@ -108,8 +108,9 @@ def test_what_costs_a_minority_its_f1_is_refused(bent, monkeypatch):
         return out
     monkeypatch.setattr(scaling, '_out_of_fold', costly)
     found, why = choose_scaling(*bent)
-    assert found.method == 'per_class' and 'F1 lost: disgust' in why['tried']['vector']['refused']
-    assert found.scale == fit_scaling(*bent, 'per_class', [c in why['own'] for c in scaling.CLASSES]).scale
+    assert 'F1 lost: disgust' in why['tried']['vector']['refused'] and not why['tried']['per_class']['refused']
+    best = min(('answer', 'per_class'), key=lambda m: why['tried'][m]['nll'])
+    assert found == fit_scaling(*bent, best, [c in why['own'] for c in scaling.CLASSES])
 
 
 def test_answers_out_of_fold_come_from_the_other_folds(bent):
@@ -119,6 +120,75 @@ def test_answers_out_of_fold_come_from_the_other_folds(bent):
     from sklearn.model_selection import StratifiedKFold
     fit, ask = next(StratifiedKFold(5, shuffle=True, random_state=0).split(z, y))
     assert out[ask] == pytest.approx(fit_scaling(z[fit], y[fit], 'vector', own)(z[ask])) and nll_of(out, y) > nll_of(fit_scaling(z, y)(z), y)
+
+
+# -- by the answer -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def weighted(): # as class weights leave a network: too sure of disgust, not sure enough of happy
+    z, y = posterior(6000, 2)
+    return z + [.2, 1.2, .2, -.8, 0, .5, 0], y
+
+
+def test_scaling_by_the_answer_is_a_logistic_regression_of_right_and_wrong(weighted, monkeypatch):
+    from sklearn.linear_model import LogisticRegression
+    monkeypatch.setattr(answer, 'SPREAD', 1e4) # no prior
+    z, y = weighted
+    found = fit_answers(z, y)
+    u = z/fit_temperature(z, y)
+    p, k = softmax(u).max(1), u.argmax(1)
+    x = np.column_stack([np.log(p/(1 - p)), np.eye(7)[k]])
+    theirs = LogisticRegression(C=np.inf, fit_intercept=False, max_iter=10_000, tol=1e-10).fit(x, k == y)
+    assert [found.slope, *found.shift] == pytest.approx(theirs.coef_[0], abs=2e-3)
+    monkeypatch.setattr(answer, 'SPREAD', 1e-3) # nothing but the prior: one shift for all
+    assert np.ptp(fit_answers(z, y).shift) < 1e-3
+
+
+def test_the_gradient_of_the_answers_is_the_losss(weighted):
+    k, odds, _ = answer.log_odds(weighted[0][:400])
+    theta = np.random.default_rng(1).normal(.5, .4, 9)
+    more = odds, k, k != weighted[1][:400]
+    assert check_grad(lambda t: answer._loss(t, *more)[0], lambda t: answer._loss(t, *more)[1], theta) < 1e-4
+
+
+def test_answers_stay_and_the_others_keep_their_shares(weighted):
+    z = weighted[0]
+    found = fit_answers(*weighted)
+    p, q, k, rows = softmax(z/found.temperature), softmax(found(z)), z.argmax(1), np.arange(len(z))
+    assert (q.argmax(1) == k).all() and q.sum(1) == pytest.approx(np.ones(len(z)))
+    odds = found.slope*np.log(p[rows, k]/(1 - p[rows, k])) + np.array(found.shift)[k]
+    held = q[rows, k] - np.sort(q, 1)[:, -2] < 1e-3 # those that the rule keeps in front
+    assert .5 < (~held).mean() and q[rows, k][~held] == pytest.approx(1/(1 + np.exp(-odds[~held])), abs=1e-9)
+    p[rows, k] = q[rows, k] = 0
+    assert q/q.sum(1, keepdims=True) == pytest.approx(p/p.sum(1, keepdims=True), abs=1e-9)
+    hard = AnswerScaling(1., 1., (-30.,)*7)(z) # every answer pushed behind all others
+    assert (hard.argmax(1) == k).all()
+
+
+def test_answers_too_sure_are_mended_where_no_class_may_have_parameters(weighted, monkeypatch):
+    monkeypatch.setattr(scaling, 'RATIO', np.inf)
+    found, why = choose_scaling(*weighted)
+    told = why['tried']
+    assert found.method == 'answer' and not told['answer']['refused'] and told['answer']['gain_low'] > 0 and told['answer']['answer_gap'] < .6*told['temperature']['answer_gap']
+    z, y = posterior(6000, 3)
+    z = z + [.2, 1.2, .2, -.8, 0, .5, 0]
+    assert answer_gap(softmax(found(z)), y) < .6*answer_gap(softmax(z, found.temperature), y) and nll_of(found(z), y) < nll_of(z/found.temperature, y)
+    few, why = choose_scaling(z[:299], y[:299])
+    assert few.method == 'temperature' and '300 are needed' in why['reason']
+
+
+def test_the_gap_by_answer_counted_by_hand():
+    p = np.zeros((4, 7)); p[:, 0], p[:, 3] = [.8, .6, .3, .1], [.2, .4, .7, .9]
+    assert answer_gap(p, np.array([0, 1, 3, 3])) == pytest.approx((abs(.8 + .6 - 1) + abs(.7 + .9 - 2))/4)
+
+
+def test_a_stored_scaling_by_the_answer_comes_back_and_a_damaged_one_does_not():
+    import json
+    s = AnswerScaling(1.2, .9, tuple(np.linspace(-1, 1, 7).tolist()))
+    assert Scaling.from_dict(json.loads(json.dumps(s.to_dict()))) == s
+    for d, code in (({'shift': [0]*6}, 'class_order_mismatch'), ({'slope': 0}, 'corrupt_artifact'), ({'temperature': float('inf')}, 'corrupt_artifact')):
+        with pytest.raises(FerError) as e: Scaling.from_dict(s.to_dict() | d)
+        assert e.value.code == code
 
 
 # -- other methods -----------------------------------------------------------------------------------------------------------
@@ -155,8 +225,8 @@ def test_a_histogram_says_what_its_bin_saw():
 def test_the_table_ranks_a_bent_model(bent):
     z, y = bent
     t = compare_methods(z[:3000], y[:3000], z[3000:], y[3000:])
-    assert list(t.index) == ['none', 'temperature', 'per_class', 'vector', 'isotonic', 'beta', 'histogram'] and np.isfinite(t.to_numpy()).all()
-    assert t.loc['vector', 'NLL'] < t.loc['temperature', 'NLL'] < t.loc['none', 'NLL'] and t.loc['none', 'accuracy'] == t.loc['temperature', 'accuracy']
+    assert list(t.index) == ['none', 'temperature', 'answer', 'per_class', 'vector', 'isotonic', 'beta', 'histogram'] and np.isfinite(t.to_numpy()).all()
+    assert t.loc['vector', 'NLL'] < t.loc['temperature', 'NLL'] < t.loc['none', 'NLL'] and t.loc['none', 'accuracy'] == t.loc['temperature', 'accuracy'] == t.loc['answer', 'accuracy']
 
 
 # -- sets --------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import nn
 from ..artifacts import FerError, atomic_path
 from ..compat import session_options
 from ..data.preprocess import Preprocess
+from ..evaluate.answer import EDGE
 from ..labels import CLASSES, N_CLASSES
 
 # %% auto #0
@@ -176,10 +177,29 @@ def write_metadata(path, # ONNX file of ours, rewritten atomically
     return read_metadata(path)
 
 # %% ../../nbs/compress/export.ipynb #c017b
+def _class_nodes(scaling):
+    "Nodes from `unscaled_logits` to `logits` of a scaling by class, and their constants."
+    node = onnx.helper.make_node
+    return [node('Mul', ['unscaled_logits', 'logit_scale'], ['scaled_logits'], 'scale_logits'), node('Add', ['scaled_logits', 'logit_shift'], ['logits'], 'shift_logits')], {'logit_scale': np.float32(scaling.scale), 'logit_shift': np.float32(scaling.shift)}
+
+_BY_ANSWER = (('Mul', 'unscaled_logits sharpness', 'u'), ('ArgMax', 'u', 'answer'), ('OneHot', 'answer classes off_on', 'hot'),
+              ('Mul', 'hot far', 'away'), ('Sub', 'u away', 'but_answer'), ('ReduceLogSumExp', 'but_answer axis', 'left'), ('Sub', 'but_answer left', 'others'),
+              ('ReduceMax', 'u axis', 'top'), ('Sub', 'top left', 'odds'), ('Mul', 'odds slope', 'sloped'), ('MatMul', 'hot shift', 'shifted'), ('Add', 'sloped shifted', 'own'),
+              ('ReduceMax', 'others axis', 'second'), ('Add', 'second edge', 'least'), ('Max', 'own least', 'said'),
+              ('Mul', 'hot said', 'of_answer'), ('Sub', 'one hot', 'cold'), ('Mul', 'others cold', 'of_others'), ('Add', 'of_answer of_others', '')) # operator, inputs, output ('' = logits)
+
+def _answer_nodes(scaling):
+    "Nodes from `unscaled_logits` to `logits` of a scaling by the answer, and their constants: `AnswerScaling.__call__` in ONNX."
+    consts = {'sharpness': np.float32(1/scaling.temperature), 'classes': np.int64(N_CLASSES), 'off_on': np.float32([0, 1]), 'far': np.float32(1e9), 'axis': np.int64([1]), 'slope': np.float32(scaling.slope),
+              'shift': np.float32(scaling.shift)[:, None], 'edge': np.float32(EDGE), 'one': np.float32(1)}
+    def name(n): return n if n == 'unscaled_logits' else f'by_answer_{n}' if n else 'logits'
+    nodes = [onnx.helper.make_node(op, [name(n) for n in inputs.split()], [name(out)], f'by_answer_{k}', **({'axis': 1, 'keepdims': 0} if op == 'ArgMax' else {})) for k, (op, inputs, out) in enumerate(_BY_ANSWER)]
+    return nodes, {name(k): np.asarray(v) for k, v in consts.items()}
+
 def scale_logits(path,   # ONNX file of ours, rewritten atomically
-                 scaling # `evaluate.scaling.Scaling`
+                 scaling # `evaluate.scaling.Scaling`, or `evaluate.answer.AnswerScaling`
                 )->Path: # the file
-    "Put a calibration by class behind a file's logits."
+    "Put a calibration by class or by the answer behind a file's logits."
     (proto, raw), graph_of = _load(path), read_metadata(path)
     if 'scaling' in graph_of: raise FerError('bad_parameter', f'{Path(path).name}: its logits are scaled already', 'export the model again')
     graph = proto.graph
@@ -187,8 +207,9 @@ def scale_logits(path,   # ONNX file of ours, rewritten atomically
         for names in (n.input, n.output):
             for k, name in enumerate(names):
                 if name == 'logits': names[k] = 'unscaled_logits'
-    for name, values in (('logit_scale', scaling.scale), ('logit_shift', scaling.shift)): graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values, np.float32), name))
-    graph.node.extend([onnx.helper.make_node('Mul', ['unscaled_logits', 'logit_scale'], ['scaled_logits'], 'scale_logits'), onnx.helper.make_node('Add', ['scaled_logits', 'logit_shift'], ['logits'], 'shift_logits')])
+    nodes, constants = (_answer_nodes if scaling.method == 'answer' else _class_nodes)(scaling)
+    graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in constants.items())
+    graph.node.extend(nodes)
     return save_onnx(proto, path, raw | {'scaling': json.dumps(scaling.to_dict())})
 
 # %% ../../nbs/compress/export.ipynb #c019
