@@ -135,13 +135,25 @@ def test_scaling_by_the_answer_is_a_logistic_regression_of_right_and_wrong(weigh
     monkeypatch.setattr(answer, 'SPREAD', 1e4) # no prior
     z, y = weighted
     found = fit_answers(z, y)
-    u = z/fit_temperature(z, y)
-    p, k = softmax(u).max(1), u.argmax(1)
+    p, k = softmax(z, found.temperature).max(1), z.argmax(1)
     x = np.column_stack([np.log(p/(1 - p)), np.eye(7)[k]])
     theirs = LogisticRegression(C=np.inf, fit_intercept=False, max_iter=10_000, tol=1e-10).fit(x, k == y)
     assert [found.slope, *found.shift] == pytest.approx(theirs.coef_[0], abs=2e-3)
     monkeypatch.setattr(answer, 'SPREAD', 1e-3) # nothing but the prior: one shift for all
     assert np.ptp(fit_answers(z, y).shift) < 1e-3
+
+
+def test_the_temperature_is_that_of_the_classes_not_answered(weighted):
+    from scipy.optimize import minimize_scalar
+    z, y = weighted[0]*[[1.7]], weighted[1]
+    wrong = z.argmax(1) != y
+    held = np.where(np.arange(7) == z[wrong].argmax(1)[:, None], -np.inf, z[wrong])
+    best = minimize_scalar(lambda T: nll_of(held/T, y[wrong]), bounds=(.1, 10), method='bounded', options={'xatol': 1e-7}).x
+    found = fit_answers(z, y)
+    assert found.temperature == pytest.approx(best, rel=1e-4) != pytest.approx(fit_temperature(z, y), rel=1e-2)
+    assert fit_temperature(found(z), y) == pytest.approx(1, abs=.02) # another one finds nothing to do
+    few = np.sort(np.concatenate([np.flatnonzero(~wrong)[:900], np.flatnonzero(wrong)[:99]]))
+    assert fit_answers(z[few], y[few]).temperature == fit_temperature(z[few], y[few])
 
 
 def test_the_gradient_of_the_answers_is_the_losss(weighted):
@@ -172,7 +184,7 @@ def test_answers_too_sure_are_mended_where_no_class_may_have_parameters(weighted
     assert found.method == 'answer' and not told['answer']['refused'] and told['answer']['gain_low'] > 0 and told['answer']['answer_gap'] < .6*told['temperature']['answer_gap']
     z, y = posterior(6000, 3)
     z = z + [.2, 1.2, .2, -.8, 0, .5, 0]
-    assert answer_gap(softmax(found(z)), y) < .6*answer_gap(softmax(z, found.temperature), y) and nll_of(found(z), y) < nll_of(z/found.temperature, y)
+    assert answer_gap(softmax(found(z)), y) < .6*answer_gap(softmax(z, fit_temperature(z, y)), y) and nll_of(found(z), y) < nll_of(z/fit_temperature(z, y), y)
     few, why = choose_scaling(z[:299], y[:299])
     assert few.method == 'temperature' and '300 are needed' in why['reason']
 

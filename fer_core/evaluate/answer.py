@@ -32,7 +32,7 @@ def log_odds(logits # (n, 7)
 @dataclass(frozen=True)
 class AnswerScaling:
     "Logits to calibrated logits with the same answers: a·log-odds + shift of the answer, after one temperature."
-    temperature: float = 1.              # > 0, before
+    temperature: float = 1.              # > 0, before; that of the classes not answered
     slope: float = 1.                    # a, > 0
     shift: tuple = (0.,)*N_CLASSES       # b of each answer
     method: str = 'answer'
@@ -68,12 +68,20 @@ def _loss(theta, odds, answers, wrong):
     d = np.concatenate([[(g*odds).sum(), g.sum()], np.bincount(answers, g, N_CLASSES) + theta[2:]/SPREAD**2])
     return np.logaddexp(0, side).sum() + .5*(theta[2:]**2).sum()/SPREAD**2, d
 
+def _temperature_of_others(z, labels):
+    "The temperature at which the classes that were not answered share what is left."
+    wrong = np.flatnonzero(z.argmax(1) != labels)
+    if len(wrong) < 100: return fit_temperature(z, labels)
+    z, labels = z[wrong], labels[wrong]
+    answers = z.argmax(1)
+    return fit_temperature(z[np.arange(N_CLASSES) != answers[:, None]].reshape(len(z), -1), labels - (labels > answers))
+
 def fit_answers(logits, # (n, 7) validation logits, no augmentation
                 labels  # (n,) class ids
                )->AnswerScaling:
     "The likeliest scaling of answers."
     z, labels = check_scores(logits, labels)
-    T = fit_temperature(z, labels)
+    T = _temperature_of_others(z, labels)
     answers, odds, _ = log_odds(z/T)
     start = np.concatenate([[1.], np.zeros(1 + N_CLASSES)])
     found = minimize(_loss, start, (odds, answers, answers != labels), jac=True, method='L-BFGS-B', bounds=[(.05, 5)] + [(-5, 5)]*(1 + N_CLASSES), options={'maxiter': 500, 'ftol': 1e-14, 'gtol': 1e-8})
