@@ -365,7 +365,7 @@ def test_wrong_latency_calls_fail_well(files, tmp_path):
         with pytest.raises(FerError): call()
 
 
-# ---- calibration by class
+# ---- calibration beyond a temperature
 
 def by_class():
     from fer_core.evaluate.scaling import Scaling
@@ -401,6 +401,7 @@ def test_a_variant_that_needs_more_than_a_temperature_gets_it(files, tmp_path, m
     from types import SimpleNamespace
     from fer_core.artifacts import Run
     from fer_core.compress import release
+    from fer_core.evaluate.scaling import Scaling
     x, path = pictures(140, seed=6), tmp_path/'m.onnx'
     shutil.copy(files[3], path)
     plain = onnx_logits(path, x)
@@ -409,8 +410,34 @@ def test_a_variant_that_needs_more_than_a_temperature_gets_it(files, tmp_path, m
     pack = SimpleNamespace(dataset_sha256='d'*64, labels=labels, rows=rows.get, table=pd.DataFrame({'id': [f'r{i}' for i in range(140)]}))
     run = Run.create(tmp_path/'run', 'compress')
     run.record(dataset={'priors': dict.fromkeys(CLASSES, 1/7)})
-    monkeypatch.setattr(release, 'choose_scaling', lambda z, y, minority: (scaling, {'reason': 'asked for by a test'}))
-    logits, metrics, calibration = release._judge_variant(run, pack, path, 'fp32', {s: x[r] for s, r in rows.items()}, {s: labels[r] for s, r in rows.items()})
-    assert np.abs(logits['test'] - onnx_logits(path, x[70:])).max() < 1e-4 # what is judged is what the file says
-    assert np.abs(release._as_file(calibration, plain[70:]) - logits['test']).max() < 1e-4
-    assert read_metadata(path)['temperature'] == calibration['temperature'] == metrics['fp32/test']['temperature'] and calibration['safeguards'] == 'asked for by a test'
+    monkeypatch.setattr(release, 'choose_scaling', lambda z, y, minority, seed: (scaling, {'reason': 'asked for by a test', 'own': list(CLASSES)}))
+    judged = release._judge_variant(run, pack, path, 'fp32', {s: x[r] for s, r in rows.items()}, {s: labels[r] for s, r in rows.items()})
+    logits, metrics, calibration = judged['logits'], judged['metrics'], judged['calibration']
+    assert np.abs(logits['test'] - onnx_logits(path, x[70:])).max() < 1e-4 and np.abs(scaling(plain[70:]) - logits['test']).max() < 1e-4 # what is judged is what the file says
+    assert read_metadata(path)['temperature'] == calibration['temperature'] == metrics['fp32/test']['temperature'] == 1 and calibration['safeguards'] == 'asked for by a test'
+    assert metrics['fp32/test']['scaling'] == calibration['method'] == scaling.method and Scaling.from_dict(calibration['scaling']) == scaling
+    from fer_core.evaluate.metrics import ece, softmax
+    assert metrics['fp32/test_raw']['ece_width'] == pytest.approx(ece(softmax(plain[70:]), labels[70:]), abs=1e-6) # raw is before any calibration
+    again = tmp_path/'int8.onnx'
+    shutil.copy(files[4], again) # another file gets the same kind, fitted to its own logits
+    kind = release._judge_variant(run, pack, again, 'int8', {s: x[r] for s, r in rows.items()}, {s: labels[r] for s, r in rows.items()}, like=judged['choice'])
+    fitted = Scaling.from_dict(json.loads(read_metadata(again)['scaling']))
+    assert fitted.method == scaling.method and fitted == Scaling.from_dict(kind['calibration']['scaling']) != scaling
+
+
+def test_answers_stay_through_ties_and_large_logits(tmp_path):
+    "The nodes alone, behind logits that are given: sd .01 to 100, ties, neighbours in float32; every row and both kinds of rows."
+    import onnx, onnxruntime as ort
+    from fer_core.compress.export import _answer_nodes
+    scaling, rng = by_answer(), np.random.default_rng(0)
+    nodes, constants = _answer_nodes(scaling)
+    graph = onnx.helper.make_graph(nodes, 'g', [onnx.helper.make_tensor_value_info('unscaled_logits', 1, ['n', 7])], [onnx.helper.make_tensor_value_info('logits', 1, ['n', 7])], [onnx.numpy_helper.from_array(v, k) for k, v in constants.items()])
+    session = ort.InferenceSession(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 20)], ir_version=10).SerializeToString())
+    z = np.concatenate([rng.normal(0, s, (300, 7)) for s in (.01, 1, 5, 30, 100)]).astype(np.float32)
+    top, second = (np.sort(z, 1)[:, -k] for k in (1, 2))
+    z = np.concatenate([z, np.where(z == top[:, None], second[:, None], z), np.where(z == top[:, None], np.nextafter(second, np.float32(np.inf))[:, None], z)])
+    said = session.run(None, {'unscaled_logits': z})[0]
+    assert np.isfinite(said).all() and (said.argmax(1) == z.argmax(1)).all() and set(z.argmax(1)) == set(range(7))
+    assert .05 < scaling.holds(z).mean() < .95 and np.abs(said - scaling(z)).max() < 1e-3
+    edge = np.sort(said, 1)[:, -1] - np.sort(said, 1)[:, -2]
+    assert edge.min() > .019 and (said.astype(np.float16).argmax(1) == z.argmax(1))[np.abs(said).max(1) < 16].all()

@@ -1,4 +1,4 @@
-"Scaling by class, other calibration methods, conformal sets and selective answers against independent references."
+"Scaling by class and by the answer, other calibration methods, conformal sets and selective answers against independent references."
 import numpy as np, pytest, torch
 from scipy.optimize import check_grad
 from scipy.special import log_softmax
@@ -169,8 +169,8 @@ def test_answers_stay_and_the_others_keep_their_shares(weighted):
     p, q, k, rows = softmax(z/found.temperature), softmax(found(z)), z.argmax(1), np.arange(len(z))
     assert (q.argmax(1) == k).all() and q.sum(1) == pytest.approx(np.ones(len(z)))
     odds = found.slope*np.log(p[rows, k]/(1 - p[rows, k])) + np.array(found.shift)[k]
-    held = q[rows, k] - np.sort(q, 1)[:, -2] < 1e-3 # those that the rule keeps in front
-    assert .5 < (~held).mean() and q[rows, k][~held] == pytest.approx(1/(1 + np.exp(-odds[~held])), abs=1e-9)
+    held = found.holds(z) # those that the rule keeps in front
+    assert held == pytest.approx(odds < np.log(np.sort(p, 1)[:, -2]/(1 - p[rows, k])) + answer.EDGE) and .5 < (~held).mean() < 1 and q[rows, k][~held] == pytest.approx(1/(1 + np.exp(-odds[~held])), abs=1e-9)
     p[rows, k] = q[rows, k] = 0
     assert q/q.sum(1, keepdims=True) == pytest.approx(p/p.sum(1, keepdims=True), abs=1e-9)
     hard = AnswerScaling(1., 1., (-30.,)*7)(z) # every answer pushed behind all others

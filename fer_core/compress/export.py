@@ -182,7 +182,7 @@ def _class_nodes(scaling):
     node = onnx.helper.make_node
     return [node('Mul', ['unscaled_logits', 'logit_scale'], ['scaled_logits'], 'scale_logits'), node('Add', ['scaled_logits', 'logit_shift'], ['logits'], 'shift_logits')], {'logit_scale': np.float32(scaling.scale), 'logit_shift': np.float32(scaling.shift)}
 
-_BY_ANSWER = (('Mul', 'unscaled_logits sharpness', 'u'), ('ArgMax', 'u', 'answer'), ('OneHot', 'answer classes off_on', 'hot'),
+_BY_ANSWER = (('Mul', 'unscaled_logits sharpness', 'u'), ('ArgMax', 'unscaled_logits', 'answer'), ('OneHot', 'answer classes off_on', 'hot'),
               ('Mul', 'hot far', 'away'), ('Sub', 'u away', 'but_answer'), ('ReduceLogSumExp', 'but_answer axis', 'left'), ('Sub', 'but_answer left', 'others'),
               ('ReduceMax', 'u axis', 'top'), ('Sub', 'top left', 'odds'), ('Mul', 'odds slope', 'sloped'), ('MatMul', 'hot shift', 'shifted'), ('Add', 'sloped shifted', 'own'),
               ('ReduceMax', 'others axis', 'second'), ('Add', 'second edge', 'least'), ('Max', 'own least', 'said'),

@@ -16,7 +16,7 @@ from ..distill.student import adopted_run, started_from
 from ..evaluate.drift import REFERENCE, make_reference
 from ..evaluate.gates import evaluate_gates, gates_passed, int8_evidence, parity_evidence, rarest
 from ..evaluate.metrics import evaluate, softmax
-from ..evaluate.scaling import Scaling, choose_scaling
+from ..evaluate.scaling import choose_scaling, fit_scaling
 from ..labels import CLASSES
 from ..models.backbones import load_model, model_size, save_model, with_projector
 from ..teach.teacher import open_data
@@ -46,33 +46,39 @@ def inputs(pack:Pack, rows:np.ndarray)->np.ndarray: # (n, channels, size, size) 
     return np.concatenate([x.contiguous().numpy() for x, _, _ in Feeder(pack).batches(rows, 512)])
 
 # %% ../../nbs/compress/release.ipynb #c006
-def _judge_variant(run, pack, path, name, x, labels):
-    "Logits of an ONNX file on val and test, its calibration refitted and stored in it; and the scaling by class that its graph has now."
-    logits = {s: onnx_logits(path, x[s]) for s in ('val', 'test')}
-    scaling, why = choose_scaling(logits['val'], labels['val'], rarest(run.manifest.dataset['priors']))
+def _calibrated(path, logits, labels, run, seed, like):
+    "The scaling of a file's logits and why it is that: chosen, or of the kind that another file's choice was."
+    if like is None: return choose_scaling(logits['val'], labels['val'], rarest(run.manifest.dataset['priors']), seed=seed)
+    scaling, why = like
+    return fit_scaling(logits['val'], labels['val'], scaling.method, [c in why['own'] for c in CLASSES]), why | {'reason': f'{scaling.method}, as the float file'}
+
+def _judge_variant(run, pack, path, name, x, labels, seed=0, like=None): # like: what was chosen for another file
+    "An ONNX file's logits on val and test before calibration, the choice made, metrics and calibration; the file carries the calibration from then on."
+    plain = {s: onnx_logits(path, x[s]) for s in ('val', 'test')}
+    scaling, why = choice = _calibrated(path, plain, labels, run, seed, like)
+    metrics, calibration, _ = judge_logits(plain, labels, dataset=pack.dataset_sha256, scaling=scaling)
+    logits = plain
     if scaling.method != 'temperature':
         scale_logits(path, scaling)
-        logits = {s: scaling(z).astype(np.float32) for s, z in logits.items()}
-    metrics, calibration, _ = judge_logits(logits, labels, dataset=pack.dataset_sha256)
+        logits = {s: scaling(z).astype(np.float32) for s, z in plain.items()}
     write_metadata(path, temperature=str(calibration['temperature']))
     save_logits(run.path(f'logits_{name}.npz'), pack, logits)
-    return logits, {f'{name}/{k}': m for k, m in metrics.items()}, calibration | {'scaling': scaling.to_dict(), 'safeguards': why['reason']}
+    return {'plain': plain, 'logits': logits, 'choice': choice, 'metrics': {f'{name}/{k}': m for k, m in metrics.items()}, 'calibration': calibration | {'scaling': scaling.to_dict(), 'safeguards': why['reason']}}
 
-def _as_file(calibration, logits):
-    "A model's logits as the file that was scaled with it gives them."
-    scaling = Scaling.from_dict(calibration['scaling'])
-    return logits if scaling.method == 'temperature' else scaling(logits)
+def _said(variant): return f'T = {variant["temperature"]:.3f}' if variant['calibration'] == 'temperature' else {'answer': 'by the answer'}.get(variant['calibration'], variant['calibration'])
 
 def _card(run, stands, variants, released, reason, pack):
-    rows = '\n'.join(f'| {n} | {v["megabytes"]:.2f} | {v["accuracy"]:.4f} | {v["macro_f1"]:.4f} | {v["ece"]:.4f} | {v["temperature"]:.3f} | {v["p50_ms"]:.2f} | {v["p95_ms"]:.2f} |' for n, v in variants.items())
+    rows = '\n'.join(f'| {n} | {v["megabytes"]:.2f} | {v["accuracy"]:.4f} | {v["macro_f1"]:.4f} | {v["ece"]:.4f} | {_said(v)} | {v["p50_ms"]:.2f} | {v["p95_ms"]:.2f} |' for n, v in variants.items())
     m = Run(stands).manifest
     return f'''# Student of run {run.folder.name}
 
 Seven expressions, in this order: {", ".join(CLASSES)}. Input: one face crop, {pack.spec.size}×{pack.spec.size} {pack.spec.colour}; the preprocessing is stored in the ONNX metadata and applied by `fer_core.Recognizer`.{" The file looks at each face twice and averages the logits of the face and its mirror image." if run.manifest.reliability.get("flip_averaged") else ""}
 
-| variant | MB | accuracy | macro-F1 | ECE | T | p50 ms | p95 ms |
+| variant | MB | accuracy | macro-F1 | ECE | calibration | p50 ms | p95 ms |
 |---|---|---|---|---|---|---|---|
 {rows}
+
+Calibration is part of an ONNX file: its temperature stands in the metadata, a scaling by the answer or by class in the graph. The safetensors beside it hold the network alone; their logits are not calibrated.
 
 Test split of dataset `{pack.dataset_sha256}` ({", ".join(sorted(pack.table["source"].unique()))}), n = {len(pack.rows("test")):,}, held out; seed {m.seeds.get("train")}; student run `{stands.name}` ({read_json(Path(stands)/"config.json")["model"]["backbone"]}; first weights: {started_from(stands)}); latency: batch 1, ONNX Runtime, {variants["fp32"].get("threads")} threads on {run.manifest.environment.get("cpu")}, {run.manifest.environment.get("cores")} cores.
 
@@ -125,20 +131,20 @@ def compress_student(run:Run,         # run folder
     quantize_static_int8(files['fp32'], files['int8'], drawn, method=method, exclude=tuple(exclude))
     run.progress(3, 5, 'judging')
     x, labels = {s: inputs(pack, pack.rows(s)) for s in ('val', 'test')}, {s: pack.labels[pack.rows(s)] for s in ('val', 'test')}
-    judged = {v: _judge_variant(run, pack, f, v, x, labels) for v, f in files.items()}
-    for v, f in files.items(): carry_reference(f, judged[v][0]['val'], np.bincount(pack.labels[pack.rows('train')], minlength=len(CLASSES)))
-    metrics = {k: m for _, ms, _ in judged.values() for k, m in ms.items()}
+    judged = {'fp32': (first := _judge_variant(run, pack, files['fp32'], 'fp32', x, labels, seed)), 'int8': _judge_variant(run, pack, files['int8'], 'int8', x, labels, seed, first['choice'])}
+    for v, f in files.items(): carry_reference(f, judged[v]['logits']['val'], np.bincount(pack.labels[pack.rows('train')], minlength=len(CLASSES)))
+    metrics = {k: m for j in judged.values() for k, m in j['metrics'].items()}
     write_json(run.path('metrics.json'), metrics)
-    write_json(run.path('calibration.json'), {v: c for v, (_, _, c) in judged.items()})
+    write_json(run.path('calibration.json'), {v: j['calibration'] for v, j in judged.items()})
     run.progress(4, 5, 'timing')
     times = compare(files, threads=threads)
-    torch_logits = _as_file(judged['fp32'][2], predict_logits(model, Feeder(pack), pack.rows('test'), flip=mirror))
-    evidence = int8_evidence(metrics['int8/val'], metrics['fp32/val'], times['int8']['p50_ms'], times['fp32']['p50_ms']) | parity_evidence(torch_logits, judged['fp32'][0]['test'], 'student.onnx against torch, test faces')
+    torch_logits = predict_logits(model, Feeder(pack), pack.rows('test'), flip=mirror)
+    evidence = int8_evidence(metrics['int8/val'], metrics['fp32/val'], times['int8']['p50_ms'], times['fp32']['p50_ms']) | parity_evidence(torch_logits, judged['fp32']['plain']['test'], 'student.onnx against torch, test faces, before calibration')
     return _decide(run, pack, stands, files, metrics, times, evaluate_gates(evidence, ('G-int8', 'G-parity')), model_size(model, spec))
 
 def _decide(run, pack, stands, files, metrics, times, verdicts, size):
     "Record variants and verdicts, choose the released one, write the card."
-    variants = {v: {'file': f.name, 'megabytes': f.stat().st_size/2**20, **{k: metrics[f'{v}/test'][k] for k in ('n', 'accuracy', 'macro_f1', 'temperature')}, 'ece': metrics[f'{v}/test']['ece_width'], 'ece_raw': metrics[f'{v}/test_raw']['ece_width'],
+    variants = {v: {'file': f.name, 'megabytes': f.stat().st_size/2**20, **{k: metrics[f'{v}/test'][k] for k in ('n', 'accuracy', 'macro_f1', 'temperature')}, 'calibration': metrics[f'{v}/test'].get('scaling', 'temperature'), 'ece': metrics[f'{v}/test']['ece_width'], 'ece_raw': metrics[f'{v}/test_raw']['ece_width'],
                     **{k: times[v][k] for k in ('p50_ms', 'p95_ms', 'p99_ms', 'cold_ms', 'threads') if k in times[v]}, 'sha256': sha256_file(f)} for v, f in files.items()}
     wrong = [v for v in verdicts if v['gate'] == 'G-parity' and not v['passed']]
     if wrong:

@@ -14,10 +14,10 @@ from .metrics import check_scores
 from ..labels import N_CLASSES
 
 # %% auto #0
-__all__ = ['EDGE', 'SPREAD', 'log_odds', 'AnswerScaling', 'fit_answers', 'answer_gap']
+__all__ = ['EDGE', 'SPREAD', 'SLOPES', 'log_odds', 'AnswerScaling', 'fit_answers', 'answer_gap']
 
 # %% ../../nbs/evaluate/answer.ipynb #c004
-EDGE = 1e-4 # logit by which an answer stays in front
+EDGE = .02 # logit by which an answer stays in front: more than half precision rounds away
 
 def log_odds(logits # (n, 7)
             )->tuple[np.ndarray, np.ndarray, np.ndarray]: # answers (n,), their log-odds (n,), (n, 7) log share of the others in what is left (-inf at the answer)
@@ -48,6 +48,12 @@ class AnswerScaling:
         out[np.arange(len(out)), answers] = np.maximum(self.slope*odds + np.asarray(self.shift)[answers], out.max(1) + EDGE)
         return out
 
+    def holds(self, logits # (n, 7)
+             )->np.ndarray: # (n,) bool
+        "Whether an answer is level with the next class because it would be behind it."
+        answers, odds, others = log_odds(np.asarray(logits, np.float64)/self.temperature)
+        return self.slope*odds + np.asarray(self.shift)[answers] < others.max(1) + EDGE
+
     def to_dict(self)->dict: # field -> value
         "The scaling as JSON stores it."
         return asdict(self)
@@ -59,7 +65,8 @@ class AnswerScaling:
         return cls(float(d['temperature']), float(d['slope']), tuple(map(float, d['shift'])))
 
 # %% ../../nbs/evaluate/answer.ipynb #c008
-SPREAD = .5 # of the prior on a shift, in log-odds
+SPREAD = .5       # of the prior on a shift, in log-odds
+SLOPES = (.05, 5.) # that are looked at
 
 def _loss(theta, odds, answers, wrong):
     "Negative log posterior of slope, common shift and own shifts, with its gradient."
@@ -84,7 +91,7 @@ def fit_answers(logits, # (n, 7) validation logits, no augmentation
     T = _temperature_of_others(z, labels)
     answers, odds, _ = log_odds(z/T)
     start = np.concatenate([[1.], np.zeros(1 + N_CLASSES)])
-    found = minimize(_loss, start, (odds, answers, answers != labels), jac=True, method='L-BFGS-B', bounds=[(.05, 5)] + [(-5, 5)]*(1 + N_CLASSES), options={'maxiter': 500, 'ftol': 1e-14, 'gtol': 1e-8})
+    found = minimize(_loss, start, (odds, answers, answers != labels), jac=True, method='L-BFGS-B', bounds=[SLOPES] + [(-5, 5)]*(1 + N_CLASSES), options={'maxiter': 500, 'ftol': 1e-14, 'gtol': 1e-8})
     return AnswerScaling(T, float(found.x[0]), tuple((found.x[1] + found.x[2:]).tolist()))
 
 # %% ../../nbs/evaluate/answer.ipynb #c010

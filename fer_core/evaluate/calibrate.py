@@ -43,11 +43,11 @@ def reliability(probs,              # (n, C) probabilities
     return {'n': len(labels), 'n_bins': n_bins, 'scheme': scheme, 'ece': error, 'max_gap': float(np.nanmax(gaps)), 'bins': rows}
 
 # %% ../../nbs/evaluate/calibrate.ipynb #c014
-def _effect(logits, labels, T, in_sample):
+def _effect(logits, labels, calibrated, in_sample):
     out = {'n': len(labels), 'in_sample': in_sample}
-    for when, t in (('before', 1.), ('after', T)):
-        probs = softmax(logits, t)
-        out[f'nll_{when}'] = float(-log_softmax(logits/t, axis=1)[np.arange(len(labels)), labels].mean())
+    for when, z in (('before', logits), ('after', calibrated)):
+        probs = softmax(z)
+        out[f'nll_{when}'] = float(-log_softmax(z, axis=1)[np.arange(len(labels)), labels].mean())
         out |= {f'ece_{when}': ece(probs, labels), f'ece_mass_{when}': ece(probs, labels, scheme='mass')}
     return out
 
@@ -56,14 +56,17 @@ def calibrate(val_logits,           # (n, 7) logits the temperature is fitted on
               test_logits=None,     # (m, 7) held-out logits; None = report on the fitting split only
               test_labels=None,     # (m,) class ids
               fit_split:str='val',  # name of the fitting split
-              test_split:str='test' # name of the held-out split
-             )->dict: # method, temperature, bounds, at_bound, n_fit, fit_split, ece_bins, class_order, splits
-    "Fit a temperature on one split and state its effect on that and another."
+              test_split:str='test', # name of the held-out split
+              scaling=None          # one fitted already, that takes the temperature's place (`evaluate.scaling`); it is then 1
+             )->dict: # method, temperature, bounds, at_bound, n_fit, fit_split, ece_bins, class_order, splits, scaling if one is given
+    "Fit a temperature on one split, or take a scaling, and state its effect on that and another."
     if fit_split == test_split: raise FerError('bad_parameter', f'calibration fitted and reported on {fit_split!r}', 'fit on validation, report on test')
     val_logits, val_labels = check_scores(val_logits, val_labels)
-    T = fit_temperature(val_logits, val_labels)
-    splits = {fit_split: _effect(val_logits, val_labels, T, True)}
-    if test_logits is not None: splits[test_split] = _effect(*check_scores(test_logits, test_labels), T, False)
-    return {'method': 'temperature', 'temperature': T, 'bounds': list(T_BOUNDS), 'at_bound': bool(np.isclose(T, T_BOUNDS).any()),
+    T = fit_temperature(val_logits, val_labels) if scaling is None else 1.
+    def effect(logits, labels, seen): return _effect(logits, labels, logits/T if scaling is None else scaling(logits), seen)
+    splits = {fit_split: effect(val_logits, val_labels, True)}
+    if test_logits is not None: splits[test_split] = effect(*check_scores(test_logits, test_labels), False)
+    told = {'method': 'temperature'} if scaling is None else {'method': scaling.method, 'scaling': scaling.to_dict()}
+    return told | {'temperature': T, 'bounds': list(T_BOUNDS), 'at_bound': bool(np.isclose(T, T_BOUNDS).any()),
             'n_fit': len(val_labels), 'fit_split': fit_split, 'ece_bins': '15, L1; ece: equal width, ece_mass: equal mass',
             'class_order': list(CLASSES), 'splits': splits}

@@ -85,7 +85,7 @@ def require_comparable(a:dict, # metrics of `evaluate`
     differ = [f'{k} {x[k]} and {y[k]}' for k in x if x[k] != y[k]]
     if differ: raise FerError('bad_parameter', f'{names[0]} and {names[1]} were not measured on the same rows: {"; ".join(differ)}', 'evaluate both on one split of one manifest')
 
-def _origin(m): return f'{m["split"]}{", " + m["dataset"][:12] if m.get("dataset") else ""}, n = {m["n"]:,}, T = {m["temperature"]:.3g}{", IN-SAMPLE" if m["in_sample"] else ", held-out"}'
+def _origin(m): return f'{m["split"]}{", " + m["dataset"][:12] if m.get("dataset") else ""}, n = {m["n"]:,}, {"scaled by " + m["scaling"] if m.get("scaling") else "T = " + format(m["temperature"], ".3g")}{", IN-SAMPLE" if m["in_sample"] else ", held-out"}'
 
 # %% ../../nbs/evaluate/gates.ipynb #c016
 def rarest(priors:dict, # class -> share or count in the training split

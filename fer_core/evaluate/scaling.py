@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 from ..artifacts import FerError
-from .answer import AnswerScaling, answer_gap, fit_answers
+from .answer import AnswerScaling, SLOPES, answer_gap, fit_answers
 from .calibrate import fit_temperature
 from .metrics import bin_table, brier, check_scores, classwise_ece, ece, ece_per_class, nll, per_class, predictions_of, softmax
 from ..labels import CLASSES, N_CLASSES
@@ -106,6 +106,7 @@ def _looks(z, labels, minority, plain): # plain: (n, 7) out of fold by one tempe
 
 def _refusal(method, new, old):
     "Why a method is not better than one temperature; '' if it is."
+    if new.get('at_bound'): return 'its fit has run into a bound'
     if method == 'answer' and not new['gain_low'] > 0: return f'its gain in log-likelihood is within chance: {new["gain"]:+.4f}, from {new["gain_low"]:+.4f}'
     worse = [k for k in (('answer_gap',) if method == 'answer' else ('nll', 'classwise_ece')) if not new[k] < old[k]]
     if worse: return f'{worse[0]} {new[worse[0]]:.4f} is not below the {old[worse[0]]:.4f} of one temperature'
@@ -126,7 +127,7 @@ def choose_scaling(logits,      # (n, 7) validation logits, no augmentation
                    minority=('disgust', 'fear'), # classes whose F1 is guarded, e.g. the rarest in training
                    folds:int=5, # parts of the fitting split
                    seed:int=0   # of the parts
-                  )->tuple[Scaling, dict]: # what to use (`AnswerScaling` too); temperature, own, tried {method: figures or why not}, reason
+                  )->tuple: # `Scaling` or `AnswerScaling`; and a dict of temperature, own, tried {method: figures or why not}, reason
     "One temperature, unless another scaling passes every safeguard."
     z, labels = check_scores(logits, labels)
     T = fit_temperature(z, labels)
@@ -134,11 +135,12 @@ def choose_scaling(logits,      # (n, 7) validation logits, no augmentation
     if len(labels) < MIN_ROWS: return of_temperature(T), note | {'tried': {}, 'reason': f'{len(labels)} faces; {MIN_ROWS} are needed for more than one temperature'}
     plain = _out_of_fold(z, labels, 'temperature', own, folds, seed)
     tried = {m: _looks(plain if m == 'temperature' else _out_of_fold(z, labels, m, own, folds, seed), labels, minority, plain) for m in METHODS[:2 if none else 4]}
+    tried['answer']['at_bound'] = bool(np.isclose(fit_answers(z, labels).slope, SLOPES).any())
     for m in list(tried)[1:]: tried[m]['refused'] = _refusal(m, tried[m], tried['temperature'])
     good = [m for m in list(tried)[1:] if not tried[m]['refused']]
     best = min(good, key=lambda m: tried[m]['nll'], default='temperature')
     reason = '; '.join([f'{m}: {tried[m]["refused"] or "passes"}' for m in list(tried)[1:]] + ([f'by class: {none}'] if none else []))
-    return fit_scaling(z, labels, best, own), note | {'tried': tried, 'reason': reason}
+    return fit_scaling(z, labels, best, own), note | {'tried': tried, 'reason': f'stands: {best}. ' + reason}
 
 # %% ../../nbs/evaluate/scaling.ipynb #c015
 def _isotonic(p, hit):

@@ -10,6 +10,7 @@ from ..artifacts import FerError, Run, parent, parent_folder, patch_to, read_jso
 from ..data.manifest import read_manifest
 from ..distill.student import OF_THE_MODEL, adopted_run, started_from
 from ..evaluate import gates as rules, metrics as scores, statistics
+from ..evaluate.scaling import Scaling
 from .reproduce import checklist as checklist_of, path_evidence
 from ..train.judge import read_logits
 
@@ -34,7 +35,8 @@ class Pipeline:
             if other != self.dataset['sha256']: raise FerError('softlabel_misaligned', f'{folder.name} stands on dataset {str(other)[:12]}, {self.data.name} is {self.dataset["sha256"][:12]}', 'report runs of one curated dataset')
         fused = read_json(self.ensemble/'ensemble_metrics.json')['fusion']['teachers']
         if set(fused) != {t.name for t in self.teachers}: raise FerError('bad_parameter', f'{self.ensemble.name} fuses {", ".join(fused)}, the report is given {", ".join(t.name for t in self.teachers)}', 'pass the teachers of the ensemble')
-        self.metrics = {'ensemble': _test(self.ensemble), 'student': _test(self.student)}
+        self.metrics = {'ensemble': _test(self.ensemble), 'student': _test(self.calibration)} # the student's as its calibration stands
+        self.scaling = Scaling.from_dict(read_json(self.calibration/'scaling.json')['scaling'])
         self.reliability = read_json(self.calibration/'reliabilitymetrics.json')
         self.class_counts = read_json(self.data/'clean_report.json')['after']
         files = {'data': 'classification_manifest.csv', 'ensemble': 'logits.npz', 'student': 'best.safetensors', 'compressed': 'student.onnx', 'benchmark': 'latency.json', 'calibration': 'calibration.json'}
@@ -187,16 +189,17 @@ def per_class(self)->dict: # name -> per-class table
 
 @patch_to(Pipeline)
 def calibrations(self)->pd.DataFrame:
-    "Temperature, NLL and ECE before and after, of every model."
+    "What calibrates every model, NLL and ECE before and after; of the student that stands as its calibration run left it, too."
     rows = {}
-    for name, f in {**{self.name(t): t for t in self.teachers}, 'ensemble': self.ensemble, **{self.name(s): s for s in self.students}}.items():
-        c = read_json(f/'calibration.json')
-        rows[name] = {'T': c['temperature'], 'fitted on': f'{c["fit_split"]}, n = {c["n_fit"]:,}', 'reported on': f'test, n = {c["splits"]["test"]["n"]:,}', **{k: v for k, v in c['splits']['test'].items() if k not in ('n', 'in_sample')}}
+    found = {**{self.name(t): t for t in self.teachers}, 'ensemble': self.ensemble, **{self.name(s): s for s in self.students}}
+    for name, c in {**{n: read_json(f/'calibration.json') for n, f in found.items()}, f'{self.name(self.student)}, as it stands': Run(self.calibration).manifest.calibration}.items():
+        rows[name] = {'method': c['method'], 'T': c['temperature'], 'fitted on': f'{c["fit_split"]}, n = {c["n_fit"]:,}', 'reported on': f'test, n = {c["splits"]["test"]["n"]:,}', **{k: v for k, v in c['splits']['test'].items() if k not in ('n', 'in_sample')}}
     return pd.DataFrame(rows).T
 
 @patch_to(Pipeline)
 def _probs(self, folder):
     z, y = read_logits(Path(folder)/'logits.npz', self.dataset['sha256'])
+    if folder == self.student: return scores.softmax(self.scaling(z['test'])), y['test']
     return scores.softmax(z['test'], read_json(Path(folder)/'calibration.json')['temperature']), y['test']
 
 @patch_to(Pipeline)

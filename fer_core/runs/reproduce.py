@@ -371,7 +371,7 @@ def _calibration_row(runs):
     fitted = [r for r in runs if 'test' in r.manifest.calibration.get('splits', {})]
     own = [r for r in fitted if r.manifest.stage == 'calibrate'] or fitted
     if not own: return _row('calibration', None, 'no run fitted a temperature', [])
-    def say(c): return f'T = {c["temperature"]:.3g}, fitted on {c["fit_split"]} (n = {c["n_fit"]:,}), test ECE {c["splits"]["test"]["ece_before"]:.4f} before and {c["splits"]["test"]["ece_after"]:.4f} after'
+    def say(c): return ('T = ' + format(c['temperature'], '.3g') if c['method'] == 'temperature' else f'scaled, {c["method"]}') + f', fitted on {c["fit_split"]} (n = {c["n_fit"]:,}), test ECE {c["splits"]["test"]["ece_before"]:.4f} before and {c["splits"]["test"]["ece_after"]:.4f} after'
     return _row('calibration', all(r.manifest.calibration['fit_split'] != 'test' for r in own), '; '.join(say(r.manifest.calibration) for r in own), [r.folder for r in own])
 
 def _compression_row(runs):

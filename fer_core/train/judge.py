@@ -21,13 +21,17 @@ __all__ = ['judge_logits', 'save_logits', 'read_logits', 'write_verdict', 'judge
 def judge_logits(logits:dict[str, np.ndarray], # split -> (n, 7): 'val' and 'test'
                  labels:dict[str, np.ndarray], # split -> (n,) class ids
                  threshold:float=.35,          # abstention threshold on the calibrated confidence
-                 dataset:str=''                # content hash of the manifest
+                 dataset:str='',               # content hash of the manifest
+                 scaling=None                  # one fitted on val, in the temperature's place; None, or of method 'temperature': fit a temperature
                 )->tuple[dict, dict, dict]:    # metrics by set, calibration, reliability tables
-    "Temperature, metrics and reliability of one model."
-    calibration = calibrate(logits['val'], labels['val'], logits['test'], labels['test'])
-    T, sets = calibration['temperature'], {'val': ('val', True, None), 'test': ('test', False, None), 'test_raw': ('test', False, 1.)}
-    metrics = {name: evaluate(logits[s], labels[s], s, seen, T if t is None else t, threshold, dataset) for name, (s, seen, t) in sets.items()}
-    return metrics, calibration, {when: reliability(softmax(logits['test'], t), labels['test']) for when, t in {'before': 1., 'after': T}.items()}
+    "Calibration, metrics and reliability of one model."
+    if scaling is not None and scaling.method == 'temperature': scaling = None
+    calibration = calibrate(logits['val'], labels['val'], logits['test'], labels['test'], scaling=scaling)
+    T, told = calibration['temperature'], {} if scaling is None else {'scaling': scaling.method}
+    stands = logits if scaling is None else {s: scaling(z).astype(np.float32) for s, z in logits.items()}
+    metrics = {s: evaluate(stands[s], labels[s], s, s == 'val', T, threshold, dataset) | told for s in ('val', 'test')}
+    metrics['test_raw'] = evaluate(logits['test'], labels['test'], 'test', False, 1., threshold, dataset)
+    return metrics, calibration, {'before': reliability(softmax(logits['test']), labels['test']), 'after': reliability(softmax(stands['test'], T), labels['test'])}
 
 # %% ../../nbs/train/judge.ipynb #c007
 def save_logits(path, # logits.npz
