@@ -177,6 +177,23 @@ def test_a_report_asks_for_the_teachers_of_its_ensemble(path, tmp_path):
     assert e.value.code == 'bad_parameter' and run_of(home, 'teacher')[1].name in str(e.value)
 
 
+def test_a_report_asks_for_the_calibration_of_the_student_that_stands(path, tmp_path):
+    import shutil
+    from fer_core.artifacts import FerError, Run, parent_folder
+    from fer_core.runs.pipeline import Pipeline
+    home, _, _ = path
+    first = lambda stage: run_of(home, stage)[0]
+    stands = parent_folder(first('calibrate'), 'student')
+    def report(name, calibration): return Pipeline(Run.create(tmp_path/name, 'thesis'), first('curate'), run_of(home, 'teacher'), first('ensemble'), [stands], calibration, first('compress'), first('benchmark'))
+    assert report('a', first('calibrate')).student.name == stands.name
+    shutil.copytree(first('calibrate'), tmp_path/'other')
+    other, manifest = next(s for s in run_of(home, 'student') if s.name != stands.name), json.loads((tmp_path/'other/run.json').read_text())
+    manifest['parents']['student'] |= {'id': other.name, 'path': str(other/'logits.npz')}
+    (tmp_path/'other/run.json').write_text(json.dumps(manifest))
+    with pytest.raises(FerError) as e: report('b', tmp_path/'other')
+    assert e.value.code == 'bad_parameter' and f'is of {other.name}' in e.value.what
+
+
 def test_shipping_replaces_the_release_before(path, tmp_path):
     from fer_core.compress.release import ship
     home, _, _ = path

@@ -46,16 +46,16 @@ def inputs(pack:Pack, rows:np.ndarray)->np.ndarray: # (n, channels, size, size) 
     return np.concatenate([x.contiguous().numpy() for x, _, _ in Feeder(pack).batches(rows, 512)])
 
 # %% ../../nbs/compress/release.ipynb #c006
-def _calibrated(path, logits, labels, run, seed, like):
+def _calibrated(logits, labels, run, seed, like):
     "The scaling of a file's logits and why it is that: chosen, or of the kind that another file's choice was."
     if like is None: return choose_scaling(logits['val'], labels['val'], rarest(run.manifest.dataset['priors']), seed=seed)
     scaling, why = like
-    return fit_scaling(logits['val'], labels['val'], scaling.method, [c in why['own'] for c in CLASSES]), why | {'reason': f'{scaling.method}, as the float file'}
+    return fit_scaling(logits['val'], labels['val'], scaling.method, [c in why['own'] for c in CLASSES]), why | {'reason': f'{scaling.method}, as for the float file'}
 
 def _judge_variant(run, pack, path, name, x, labels, seed=0, like=None): # like: what was chosen for another file
     "An ONNX file's logits on val and test before calibration, the choice made, metrics and calibration; the file carries the calibration from then on."
     plain = {s: onnx_logits(path, x[s]) for s in ('val', 'test')}
-    scaling, why = choice = _calibrated(path, plain, labels, run, seed, like)
+    scaling, why = choice = _calibrated(plain, labels, run, seed, like)
     metrics, calibration, _ = judge_logits(plain, labels, dataset=pack.dataset_sha256, scaling=scaling)
     logits = plain
     if scaling.method != 'temperature':

@@ -9,15 +9,16 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, logsumexp
 from ..artifacts import FerError
-from .calibrate import fit_temperature
+from .calibrate import T_BOUNDS, fit_temperature
 from .metrics import check_scores
 from ..labels import N_CLASSES
 
 # %% auto #0
-__all__ = ['EDGE', 'SPREAD', 'SLOPES', 'log_odds', 'AnswerScaling', 'fit_answers', 'answer_gap']
+__all__ = ['EDGE', 'SLOPES', 'SPREAD', 'log_odds', 'AnswerScaling', 'fit_answers', 'answer_gap']
 
 # %% ../../nbs/evaluate/answer.ipynb #c004
-EDGE = .02 # logit by which an answer stays in front: more than half precision rounds away
+EDGE = .02         # logit by which an answer stays in front: more than half precision rounds away
+SLOPES = (.05, 5.) # that are looked at
 
 def log_odds(logits # (n, 7)
             )->tuple[np.ndarray, np.ndarray, np.ndarray]: # answers (n,), their log-odds (n,), (n, 7) log share of the others in what is left (-inf at the answer)
@@ -48,6 +49,11 @@ class AnswerScaling:
         out[np.arange(len(out)), answers] = np.maximum(self.slope*odds + np.asarray(self.shift)[answers], out.max(1) + EDGE)
         return out
 
+    @property
+    def at_bound(self)->bool: # True or False
+        "Whether temperature or slope is at the end of what was looked at."
+        return bool(np.isclose(self.slope, SLOPES).any() or np.isclose(self.temperature, T_BOUNDS).any())
+
     def holds(self, logits # (n, 7)
              )->np.ndarray: # (n,) bool
         "Whether an answer is level with the next class because it would be behind it."
@@ -65,8 +71,7 @@ class AnswerScaling:
         return cls(float(d['temperature']), float(d['slope']), tuple(map(float, d['shift'])))
 
 # %% ../../nbs/evaluate/answer.ipynb #c008
-SPREAD = .5       # of the prior on a shift, in log-odds
-SLOPES = (.05, 5.) # that are looked at
+SPREAD = .5 # of the prior on a shift, in log-odds
 
 def _loss(theta, odds, answers, wrong):
     "Negative log posterior of slope, common shift and own shifts, with its gradient."

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 from ..artifacts import FerError
-from .answer import AnswerScaling, SLOPES, answer_gap, fit_answers
+from .answer import AnswerScaling, answer_gap, fit_answers
 from .calibrate import fit_temperature
 from .metrics import bin_table, brier, check_scores, classwise_ece, ece, ece_per_class, nll, per_class, predictions_of, softmax
 from ..labels import CLASSES, N_CLASSES
@@ -135,7 +135,7 @@ def choose_scaling(logits,      # (n, 7) validation logits, no augmentation
     if len(labels) < MIN_ROWS: return of_temperature(T), note | {'tried': {}, 'reason': f'{len(labels)} faces; {MIN_ROWS} are needed for more than one temperature'}
     plain = _out_of_fold(z, labels, 'temperature', own, folds, seed)
     tried = {m: _looks(plain if m == 'temperature' else _out_of_fold(z, labels, m, own, folds, seed), labels, minority, plain) for m in METHODS[:2 if none else 4]}
-    tried['answer']['at_bound'] = bool(np.isclose(fit_answers(z, labels).slope, SLOPES).any())
+    tried['answer']['at_bound'] = fit_answers(z, labels).at_bound
     for m in list(tried)[1:]: tried[m]['refused'] = _refusal(m, tried[m], tried['temperature'])
     good = [m for m in list(tried)[1:] if not tried[m]['refused']]
     best = min(good, key=lambda m: tried[m]['nll'], default='temperature')

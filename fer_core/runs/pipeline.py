@@ -35,6 +35,9 @@ class Pipeline:
             if other != self.dataset['sha256']: raise FerError('softlabel_misaligned', f'{folder.name} stands on dataset {str(other)[:12]}, {self.data.name} is {self.dataset["sha256"][:12]}', 'report runs of one curated dataset')
         fused = read_json(self.ensemble/'ensemble_metrics.json')['fusion']['teachers']
         if set(fused) != {t.name for t in self.teachers}: raise FerError('bad_parameter', f'{self.ensemble.name} fuses {", ".join(fused)}, the report is given {", ".join(t.name for t in self.teachers)}', 'pass the teachers of the ensemble')
+        for folder in (self.calibration, self.compressed):
+            of = parent_folder(folder, 'student').name
+            if of != self.student.name: raise FerError('bad_parameter', f'{folder.name} is of {of}, the student that stands is {self.student.name}', 'report the calibration and the files of the student that stands, or leave out the phases after it')
         self.metrics = {'ensemble': _test(self.ensemble), 'student': _test(self.calibration)} # the student's as its calibration stands
         self.scaling = Scaling.from_dict(read_json(self.calibration/'scaling.json')['scaling'])
         self.reliability = read_json(self.calibration/'reliabilitymetrics.json')
