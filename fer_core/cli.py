@@ -12,7 +12,7 @@ from .artifacts import FAILURES, FerError, failure_code
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Out', 'SOURCES', 'Jobs', 'report', 'data_app', 'Model', 'Detector', 'Progress', 'Board', 'run',
-           'quickstart', 'study', 'runs', 'diff', 'verify', 'release', 'gates', 'status', 'page', 'results',
+           'quickstart', 'study', 'runs', 'diff', 'verify', 'release', 'gates', 'status', 'page', 'index', 'results',
            'reproduce', 'validate', 'hard', 'suspects', 'predict', 'demo', 'evaluate', 'bench', 'replay', 'main']
 
 # %% ../nbs/cli.ipynb #c003
@@ -142,7 +142,8 @@ def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as
                only:Annotated[Optional[list[str]], typer.Option(help='run only this step, a grid whole, and what it needs; repeatable')] = None):
     "The whole path: curate, teachers, ensemble, student CE-KD-DKD, calibration, INT8, latency, report. Resumes where it stopped."
     from fer_core.runs.plan import needed, plans_folder, read_plan, run_plan
-    from fer_core.runs.report import overall, publish
+    from fer_core.runs.pages import publish
+    from fer_core.runs.report import overall
     if data is None and plan is None and source != 'auto': raise FerError('bad_parameter', f'--source {source} without --data', 'give the folder of the dataset')
     if data is not None and not data.exists(): raise FerError('missing_file', f'{data} is not there', 'give the folder of the dataset, or leave --data out for procedural faces')
     bar, began = Board() if jobs else Progress(), time.time()
@@ -284,7 +285,7 @@ def gates(folders:Annotated[list[Path], typer.Argument(help='run folders')],
 @report.command()
 def status(out:Out = None, to:Annotated[Optional[Path], typer.Option(help='HTML file (default: status.html in the folder of runs)')] = None):
     "A page of all runs: what they measured and what their gates say."
-    from fer_core.runs.report import status_page
+    from fer_core.runs.pages import status_page
     from fer_core.runs.stage import runs_root
     root = Path(out or runs_root())
     print(status_page(root, to or root/'status.html'))
@@ -293,8 +294,14 @@ def status(out:Out = None, to:Annotated[Optional[Path], typer.Option(help='HTML 
 def page(folder:Annotated[Path, typer.Argument(help='run folder')], reports:Annotated[Path, typer.Option(help='reports folder')] = Path('reports')):
     "Publish a run's executed notebook as a self-contained HTML page."
     from fer_core.artifacts import Run
-    from fer_core.runs.report import publish
+    from fer_core.runs.pages import publish
     print(publish(Run(folder), reports))
+
+@report.command()
+def index(reports:Annotated[Path, typer.Argument(help='reports folder')] = Path('reports'), anew:Annotated[bool, typer.Option('--anew', help="write every report's page again from its notebook")] = False):
+    "The list of all reports as a page."
+    from fer_core.runs.pages import index_page
+    print(index_page(reports, anew))
 
 @report.command()
 def results(folders:Annotated[list[Path], typer.Argument(help='thesis run folders; the first one\'s rows come first')], reports:Annotated[Path, typer.Option(help='reports folder')] = Path('reports')):

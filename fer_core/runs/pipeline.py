@@ -130,13 +130,19 @@ def gates(self)->pd.DataFrame:
 def provenance(self)->pd.DataFrame:
     "Source, licence, citation, counts and hash of the data."
     report = read_json(self.data/'clean_report.json')
-    facts = {k: report[k] for k in ('source', 'licence', 'citation', 'near_duplicates', 'val_fraction', 'seed') if k in report}
+    facts = {k: report[k] for k in ('source', 'licence', 'citation', 'val_fraction', 'seed') if k in report}
+    facts |= {k.replace('_', ' '): v for k, v in report.get('near_duplicates', {}).items() if isinstance(v, (int, float))}
     return pd.Series({**facts, **{f'{s} faces': n for s, n in self.dataset['splits'].items()}, 'dataset sha256': self.dataset['sha256']}, name='').to_frame()
 
 @patch_to(Pipeline)
 def drops(self)->pd.DataFrame:
     "Rows dropped, by reason."
     return pd.Series(read_json(self.data/'clean_report.json')['dropped'], name='rows dropped', dtype=object).to_frame()
+
+@patch_to(Pipeline)
+def copies(self)->pd.DataFrame:
+    "Rows that have a copy in a part of the data, by how alike the two are, before any was dropped."
+    return pd.DataFrame(read_json(self.data/'clean_report.json').get('near_duplicates', {}).get('counts', []), columns=['kind', 'rows of', 'seen in', 'rows'])
 
 @patch_to(Pipeline)
 def settings(self)->pd.DataFrame:
