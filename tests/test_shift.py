@@ -8,7 +8,8 @@ from fer_core.artifacts import FerError, Run, parent, read_json, write_json
 from fer_core.data.corruptions import CORRUPTIONS, corrupt, disc_kernel, line_kernel
 from fer_core.evaluate.calibrate import fit_temperature
 from fer_core.evaluate.metrics import ece, softmax
-from fer_core.evaluate.shift import corruption_means, fit_clean, shift_figures, shift_table
+from fer_core.evaluate.scaling import choose_scaling
+from fer_core.evaluate.shift import corruption_means, fit_clean, shift_curves, shift_figures, shift_table
 from fer_core.labels import CLASSES
 
 GREY = np.full((96, 96), 128, np.uint8)
@@ -139,6 +140,25 @@ def test_conformal_sets_and_threshold_are_those_of_clean_validation():
 def test_a_promise_that_cannot_be_made_leaves_no_answers():
     f = shift_figures(fit_clean(*drawn(300, .1), risk=.05), *drawn(200, .1, 1))
     assert f['answered'] == 0 and f['risk'] is None
+
+
+def test_a_scaling_beyond_one_temperature_is_judged_where_validation_asks_for_it():
+    def skewed(n, fade=1., seed=0):  # one class said far too surely, as class weights make a student do
+        z, y = drawn(n, fade, seed)
+        z[np.arange(n), 0] += 3*(z.argmax(1) == 0)
+        return z, y
+    (vz, vy), (z, y) = skewed(3000), skewed(2500, .6, 1)
+    fit, f = fit_clean(vz, vy), shift_figures(fit_clean(vz, vy), z, y)
+    assert fit.scaling == choose_scaling(vz, vy)[0] and fit.scaling.method == 'answer'
+    p = softmax(fit.scaling(z))
+    assert f['nll_scaled'] == pytest.approx(log_loss(y, p, labels=range(7)), abs=1e-9) and f['ece_scaled'] == ece(p, y)
+    clean = shift_figures(fit, *skewed(3000, 1, 2))
+    assert clean['ece_scaled'] < .7*clean['ece'] and clean['accuracy'] == (softmax(fit.scaling(skewed(3000, 1, 2)[0])).argmax(1) == skewed(3000, 1, 2)[1]).mean()
+    rows = [{'shift': s, 'severity': v} | d for s, v, d in (('clean', 0, clean), ('fog', 1, f))]
+    assert shift_table(rows)['ECE scaled'].tolist() == [clean['ece_scaled'], f['ece_scaled']] and corruption_means(rows)['ece_scaled'] == f['ece_scaled']
+    assert 'mean, scaling of clean validation' in [t.get_text() for t in shift_curves(rows).axes[1].get_legend().get_texts()]
+    plain = fit_clean(*drawn(3000))
+    assert plain.scaling is None and 'ECE scaled' not in shift_table([{'shift': 'clean', 'severity': 0} | shift_figures(plain, *drawn(900, 1, 1))])
 
 
 def row(shift, severity, v, risk=.1): return {'shift': shift, 'severity': severity, 'n': 9, 'risk': risk} | dict.fromkeys(('accuracy', 'macro_f1', 'nll_raw', 'nll', 'nll_oracle', 'ece_raw', 'ece', 'ece_oracle', 'oracle_temperature', 'set_coverage', 'set_size', 'answered'), v)

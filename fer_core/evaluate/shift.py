@@ -10,6 +10,7 @@ from .calibrate import fit_temperature
 from .conformal import prediction_sets, threshold_for_risk
 from .figures import PALETTE, STYLES, _axes, _tidy
 from .metrics import accuracy, check_scores, ece, macro_f1, nll, softmax
+from .scaling import choose_scaling
 
 # %% auto #0
 __all__ = ['SCORE', 'CleanFit', 'fit_clean', 'shift_figures', 'corruption_means', 'shift_table', 'shift_curves']
@@ -24,6 +25,7 @@ class CleanFit(NamedTuple):
     probs: np.ndarray       # (n, 7) calibrated probabilities, from which the sets are made
     labels: np.ndarray      # (n,) class ids
     seed: int               # of the draws that break ties of the sets
+    scaling: object = None  # the `Scaling` that passes every safeguard of `evaluate.scaling`; None = one temperature is all that does
 
 def fit_clean(logits,             # (n, 7) validation logits
               labels,             # (n,) class ids
@@ -31,11 +33,11 @@ def fit_clean(logits,             # (n, 7) validation logits
               risk:float=.2,      # greatest error rate among answers
               seed:int=0          # of the draws that break ties
              )->CleanFit:
-    "Temperature, threshold and sets on clean faces."
+    "Temperature, scaling, threshold and sets on clean faces."
     z, labels = check_scores(logits, labels)
     T = fit_temperature(z, labels)
-    probs = softmax(z, T)
-    return CleanFit(T, threshold_for_risk(probs, labels, risk)['threshold'], risk, coverage, probs, labels, seed)
+    probs, scaling = softmax(z, T), choose_scaling(z, labels, seed=seed)[0]
+    return CleanFit(T, threshold_for_risk(probs, labels, risk)['threshold'], risk, coverage, probs, labels, seed, None if scaling.method == 'temperature' else scaling)
 
 # %% ../../nbs/evaluate/shift.ipynb #c006
 SCORE = 'lac'  # of the conformal sets
@@ -48,31 +50,33 @@ def _answers(fit, probs, labels):
 def shift_figures(fit:CleanFit, # of `fit_clean`
                   logits,       # (n, 7) logits on the shifted faces
                   labels        # (n,) class ids
-                 )->dict: # n, accuracy, macro_f1, nll_raw, nll, nll_oracle, ece_raw, ece, ece_oracle, oracle_temperature, set_coverage, set_size, answered, risk
+                 )->dict: # n, accuracy, macro_f1, nll_raw, nll, nll_oracle, ece_raw, ece, ece_oracle, with a scaling nll_scaled and ece_scaled, oracle_temperature, set_coverage, set_size, answered, risk
     "One model on shifted faces, by what was fitted on clean ones."
     z, labels = check_scores(logits, labels)
     own = fit_temperature(z, labels)
-    probs = {'_raw': softmax(z), '': softmax(z, fit.temperature), '_oracle': softmax(z, own)}
+    probs = {'_raw': softmax(z), '': softmax(z, fit.temperature), '_oracle': softmax(z, own)} | ({'_scaled': softmax(fit.scaling(z))} if fit.scaling else {})
     sets = prediction_sets(fit.probs, fit.labels, probs[''], fit.coverage, SCORE, fit.seed)
     return {'n': len(labels), 'accuracy': accuracy(z, labels), 'macro_f1': macro_f1(z, labels), **{f'nll{k}': nll(p, labels) for k, p in probs.items()}, **{f'ece{k}': ece(p, labels) for k, p in probs.items()},
             'oracle_temperature': own, 'set_coverage': float(sets[np.arange(len(labels)), labels].mean()), 'set_size': float(sets.sum(1).mean()), **_answers(fit, probs[''], labels)}
 
 # %% ../../nbs/evaluate/shift.ipynb #c010
-_SHOWN = {'accuracy': 'accuracy', 'macro_f1': 'macro-F1', 'nll_raw': 'NLL raw', 'nll': 'NLL', 'nll_oracle': 'NLL oracle T', 'ece_raw': 'ECE raw', 'ece': 'ECE', 'ece_oracle': 'ECE oracle T', 'oracle_temperature': 'oracle T', 'set_coverage': 'sets with the label', 'set_size': 'labels a set', 'answered': 'answered', 'risk': 'error among answers'}
+_SHOWN = {'accuracy': 'accuracy', 'macro_f1': 'macro-F1', 'nll_raw': 'NLL raw', 'nll': 'NLL', 'nll_scaled': 'NLL scaled', 'nll_oracle': 'NLL oracle T', 'ece_raw': 'ECE raw', 'ece': 'ECE', 'ece_scaled': 'ECE scaled', 'ece_oracle': 'ECE oracle T', 'oracle_temperature': 'oracle T', 'set_coverage': 'sets with the label', 'set_size': 'labels a set', 'answered': 'answered', 'risk': 'error among answers'}
+
+def _measured(table): return [k for k in _SHOWN if k in table] # nothing is scaled where one temperature is all
 
 def corruption_means(rows:list[dict] # shift, severity (0 = clean, None = another dataset) and `shift_figures`
                     )->dict:         # figure -> mean over severities, then over corruptions; {} where there are none
     "Means over severities and corruptions, each corruption weighing the same."
     import pandas as pd
     bad = pd.DataFrame([r for r in rows if r['severity']])
-    return {} if bad.empty else bad.astype({'risk': float}).groupby('shift')[[*_SHOWN]].mean().mean().to_dict()
+    return {} if bad.empty else bad.astype({'risk': float}).groupby('shift')[_measured(bad)].mean().mean().to_dict()
 
 def shift_table(rows:list[dict] # shift, severity (0 = clean, None = another dataset) and `shift_figures`
                ):               # DataFrame: clean, every corruption, their mean, other datasets
     "What is left under every shift, means over severities."
     import pandas as pd
     t = pd.DataFrame(rows).astype({'risk': float})
-    table = t.groupby('shift', sort=False)[['n', *_SHOWN]].mean()
+    table = t.groupby('shift', sort=False)[['n', *_measured(t)]].mean()
     names = [s for s in table.index if (t.loc[t['shift'] == s, 'severity'] > 0).all()]
     parts = [table.drop(index=names).loc[lambda d: d.index == 'clean'], table.loc[names]]
     if len(names) > 1: parts.append(pd.DataFrame([{'n': table['n'].iloc[0]} | corruption_means(rows)], index=[f'mean of {len(names)} corruptions']))
@@ -85,14 +89,15 @@ def _means(rows, key): # -> severities, mean over corruptions; clean is severity
 
 def shift_curves(rows:list[dict] # as in `shift_table`
                 ):               # matplotlib Figure
-    "Accuracy and ECE over severity: every corruption, and the mean with three temperatures."
+    "Accuracy and ECE over severity: every corruption, and the mean under each calibration."
     fig, (left, right) = _axes(size=(8.6, 3.4), ncols=2)
     clean = [r for r in rows if r['severity'] == 0]
     for i, name in enumerate(dict.fromkeys(r['shift'] for r in rows if r['severity'])):
         of = sorted(clean + [r for r in rows if r['shift'] == name], key=lambda r: r['severity'])
         style = dict(color=PALETTE[i % len(PALETTE)], linestyle=STYLES[(i // len(PALETTE)) % len(STYLES)], linewidth=1.2)
         for ax, key in ((left, 'accuracy'), (right, 'ece')): ax.plot([r['severity'] for r in of], [r[key] for r in of], marker='.', label=name.replace('_', ' ') if ax is left else None, **style)
-    for key, style, name in (('ece_raw', ':', 'mean, T = 1'), ('ece', '-', 'mean, T of clean validation'), ('ece_oracle', '--', 'mean, oracle T')): right.plot(*_means(rows, key), style, color='black', linewidth=2, label=name)
+    for key, style, name in (('ece_raw', ':', 'mean, T = 1'), ('ece', '-', 'mean, T of clean validation'), ('ece_scaled', '-.', 'mean, scaling of clean validation'), ('ece_oracle', '--', 'mean, oracle T')):
+        if all(key in r for r in rows): right.plot(*_means(rows, key), style, color='black', linewidth=2, label=name)
     for ax in (left, right): ax.set_xticks(range(6)); ax.set_ylim(bottom=0)
     _tidy(left, 'severity (0 = clean)', 'accuracy'); _tidy(right, 'severity (0 = clean)', 'ECE, 15 equal-width bins')
     left.legend(fontsize=6.5, frameon=False, ncols=2, loc='lower left'); right.legend(fontsize=7, frameon=False, loc='upper left')

@@ -164,7 +164,7 @@ def _other(self, name, rows, sha, roots):
 @patch_to(Shifted)
 def _save(self):
     "Write shift.json and record the means."
-    fit = {k: getattr(self.fit, k) for k in ('temperature', 'threshold', 'risk', 'coverage')} | {'n': len(self.fit.labels), 'split': 'val', 'score': SCORE}
+    fit = {k: getattr(self.fit, k) for k in ('temperature', 'threshold', 'risk', 'coverage')} | {'n': len(self.fit.labels), 'split': 'val', 'score': SCORE, 'scaling': self.fit.scaling and self.fit.scaling.to_dict()}
     write_json(self.run.path('shift.json'), {'model': self.name, 'dataset_sha256': self.sha, 'n': self.n, 'limit': self.limit, 'seed': self.seed, 'same_as_stored': self.same, 'fit': fit,
                                              'values': {n: list(CORRUPTIONS[n][1]) for n, _ in self.conditions if n in CORRUPTIONS}, 'ece_bins': '15, L1, equal width', 'rows': self.rows})
     mean = corruption_means(self.rows)
@@ -184,7 +184,8 @@ def promises(self)->str: # a sentence
     "What was fitted on clean validation faces."
     f = self.fit
     answers = 'no threshold can promise it' if f.threshold is None else f'answers from a confidence of {f.threshold:.3f} on'
-    return f'Fitted on {len(f.labels):,} clean validation faces: T = {f.temperature:.3f}; {f.coverage:.0%} of the sets hold the label; at most {f.risk:.0%} errors among answers: {answers}.'
+    more = f', and scaling {"by the answer" if f.scaling.method == "answer" else f.scaling.method.replace("_", " ")}, which passes every safeguard there' if f.scaling else ''
+    return f'Fitted on {len(f.labels):,} clean validation faces: T = {f.temperature:.3f}{more}; {f.coverage:.0%} of the sets hold the label; at most {f.risk:.0%} errors among answers: {answers}.'
 
 @patch_to(Shifted)
 def figure(self):
