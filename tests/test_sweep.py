@@ -167,7 +167,7 @@ def test_stopped_or_killed_it_takes_its_processes_along(toys, how):
 def test_a_part_of_a_plan_brings_what_it_stands_on(root, tmp_path):
     steps = read_plan(root/'papermill_runs'/'baselines_cpu.yaml')
     part = needed(steps, ['ensemble'])
-    assert {s.entry for s in part} == {'data', 'plain', 'contrastive', 'cbam', 'arcface', 'cosface', 'ensemble'} and len(part) == 1 + 5*3 + 3
+    assert {s.entry for s in part} == {'data', 'plain', 'contrastive', 'cbam', 'arcface', 'ensemble'} and len(part) == 1 + 4*3 + 3
     assert [s.name for s in needed(steps, ['focal[seed=1]'])] == ['data', 'focal[seed=1]']
     with pytest.raises(FerError, match="no step 'fokal'"): needed(steps, ['fokal'])
 
