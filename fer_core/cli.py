@@ -130,6 +130,13 @@ def _plan_change(data, source, given):
 
 Jobs = Annotated[int, typer.Option(help='processes at a time, which share the cores; a step that fails then leaves the others alone; 0 = one by one, the first failure ends the plan', min=0)]
 
+def _place(scheduler):
+    "Where a plan's steps run, as a context; None = here."
+    from contextlib import nullcontext
+    if not scheduler: return nullcontext()
+    from fer_core.runs.cluster import Workers
+    return Workers(scheduler)
+
 @app.command()
 def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as downloaded, in the layout its authors publish; default: procedural faces')] = None,
                source:Annotated[str, typer.Option(help=f"adapter for --data: 'auto', {', '.join(repr(s) for s in SOURCES[:-1])} or {SOURCES[-1]!r}")] = 'auto',
@@ -139,6 +146,8 @@ def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as
                reports:Annotated[Path, typer.Option(help='where the report page goes')] = Path('reports'),
                fresh:Annotated[bool, typer.Option(help='run every stage anew')] = False,
                jobs:Jobs = 0,
+               scheduler:Annotated[str, typer.Option(help="run the steps on the workers of a Dask scheduler: its address, or a batch queue's YAML file")] = '',
+               retries:Annotated[int, typer.Option(help='with --jobs or --scheduler: how often a step is started again whose process died', min=0)] = 0,
                only:Annotated[Optional[list[str]], typer.Option(help='run only this step, a grid whole, and what it needs; repeatable')] = None):
     "The whole path: curate, teachers, ensemble, student CE-KD-DKD, calibration, INT8, latency, report. Resumes where it stopped."
     from fer_core.runs.plan import needed, plans_folder, read_plan, run_plan
@@ -146,7 +155,8 @@ def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as
     from fer_core.runs.report import overall
     if data is None and plan is None and source != 'auto': raise FerError('bad_parameter', f'--source {source} without --data', 'give the folder of the dataset')
     if data is not None and not data.exists(): raise FerError('missing_file', f'{data} is not there', 'give the folder of the dataset, or leave --data out for procedural faces')
-    bar, began = Board() if jobs else Progress(), time.time()
+    if scheduler and jobs: raise FerError('bad_parameter', '--jobs beside --scheduler', 'its workers say how many steps run at a time')
+    bar, began = Board() if jobs or scheduler else Progress(), time.time()
     steps = read_plan(plan or plans_folder()/'quickstart.yaml', _plan_change(data, source, given))
     if only: steps = needed(steps, only)
     def tell(step, run, reused, seconds):
@@ -155,7 +165,8 @@ def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as
     def lost(step, error):
         bar.ended(step)
         print(f'{step.name:24} {"failed":9} {error.code}: {error.what}', flush=True)
-    try: runs = run_plan(steps, out, fresh, bar.show, tell, jobs, lost)
+    try:
+        with _place(scheduler) as place: runs = run_plan(steps, out, fresh, bar.show, tell, jobs, lost, place, retries)
     finally: bar.close()
     last = {r.manifest.stage: r for r in runs.values()} # a plan may name its steps as it likes, or lack one
     verdicts = [v for r in runs.values() if r.manifest.stage != 'thesis' for v in r.manifest.gates]

@@ -14,7 +14,7 @@ from ..compat import mend_torchvision
 from .stage import find_run, fingerprint, parameters, resolve, run_stage, runs_root, same_weights, stage_notebook
 
 # %% auto #0
-__all__ = ['Step', 'plans_folder', 'read_plan', 'needed', 'run_plan', 'PlanFailed']
+__all__ = ['AGAIN', 'Step', 'plans_folder', 'read_plan', 'needed', 'run_plan', 'run_apart', 'interrupt', 'Here', 'PlanFailed']
 
 # %% ../../nbs/runs/plan.ipynb #c004
 class Step(NamedTuple):
@@ -186,13 +186,15 @@ def run_plan(steps:list[Step], # of read_plan
              show=None,        # f(step number from 1, steps, step, done, total, text)
              tell=None,        # f(step, run, reused, seconds), after each step
              jobs:int=0,       # processes at a time; 0 = one by one in this process, the first failure ends the plan
-             lost=None         # f(step, error), after each step that failed beside others
+             lost=None,        # f(step, error), after each step that failed beside others
+             place=None,       # where steps run, in place of `jobs` processes here: a `Here`, or `cluster.Workers`
+             retries:int=0     # how often a step is started again whose process died or ran out of time; with jobs or place
             )->dict[str, Run]: # step name -> run
     "Run a plan's steps; with `jobs`, those that need not wait for each other at the same time."
     _check_weights(steps) # now, not after hours
     _check_methods(steps)
     if jobs < 0: raise _bad(f'jobs={jobs}', 'give the number of processes, or 0')
-    if jobs: return _Parallel(steps, root, fresh, jobs, show, tell, lost).run()
+    if jobs or place: return _Parallel(steps, root, fresh, place or Here(jobs), show, tell, lost, retries).run()
     done = {}
     for i, step in enumerate(steps, 1):
         began = time.time()
@@ -234,24 +236,58 @@ def _threads(jobs):
     given = os.environ.get('OMP_NUM_THREADS', '')
     return max(1, min(cores//jobs, int(given) if given.isdigit() else cores))
 
-def _run_apart(step, order, threads, watch, born):
-    "Run a step in a process of its own; `born` receives the process."
+def run_apart(name:str,   # of the step
+              order:dict, # stage, given, root, fresh, cwd, argv
+              threads:int,
+              watch=None, # f(done, total, text)
+              born=None   # f(process), once it has started
+             )->dict:     # run = its folder, or code, what, mend
+    "Run a step in a process of its own."
     home = str(Path(__file__).parents[2]) # the child runs this code, whatever fer_core lies in the working directory
     env = os.environ | {'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': os.pathsep.join(filter(None, [home, os.environ.get('PYTHONPATH')]))}
-    with tempfile.TemporaryFile('w+') as err, subprocess.Popen([sys.executable, '-P', '-c', _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True, env=env, start_new_session=True) as p:
-        born(p)
-        try: p.stdin.write(json.dumps(order | {'argv': sys.argv}) + '\n'); p.stdin.flush()
-        except BrokenPipeError: order = None # it died before it could read: said below
+    with tempfile.TemporaryFile('w+') as err, subprocess.Popen([sys.executable, '-P', '-c', _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True, env=env, cwd=order['cwd'], start_new_session=True) as p:
+        if born: born(p)
+        try: p.stdin.write(json.dumps(order) + '\n'); p.stdin.flush()
+        except BrokenPipeError: pass # it died before it could read: said below
         told = {}
         for line in p.stdout:
             told = json.loads(line)
             if 'text' in told and watch: watch(told['done'], told['total'], told['text'])
         p.wait()
-        if 'run' in told: return Run(told['run'])
-        if 'code' in told: raise FerError(told['code'], told['what'], told['mend'])
+        if 'run' in told or 'code' in told: return told
         err.seek(0)
-        if 'KeyboardInterrupt' in err.read(): raise FerError('interrupted', f'{step.name} stopped at its start')
-        raise FerError('kernel_died', f'the process of {step.name} ended with {p.returncode}' + (f' ({signal.Signals(-p.returncode).name})' if p.returncode < 0 else ''))
+        if 'KeyboardInterrupt' in err.read(): return {'code': 'interrupted', 'what': f'{name} stopped at its start', 'mend': ''}
+        return {'code': 'kernel_died', 'what': f'the process of {name} ended with {p.returncode}' + (f' ({signal.Signals(-p.returncode).name})' if p.returncode < 0 else ''), 'mend': ''}
+
+def interrupt(processes # of `born`
+             ):
+    "What Ctrl-C does, to those that still run."
+    for p in processes:
+        if p.poll() is None: p.send_signal(signal.SIGINT)
+
+class Here:
+    "This machine: every step a process of its own."
+    def __init__(self, jobs:int): # processes at a time
+        self.jobs, self.most, self.processes, self.stopping, self.lock = jobs, jobs, [], False, threading.Lock()
+
+    def _born(self, p):
+        with self.lock:
+            self.processes.append(p)
+            if self.stopping: interrupt([p])
+
+    def run(self, name:str,   # of the step
+            order:dict,       # of `run_apart`
+            alone:bool=False, # it has all cores
+            watch=None        # f(done, total, text)
+           )->dict:           # as of `run_apart`
+        "Run a step; called from a thread."
+        return run_apart(name, order, _threads(1 if alone else self.jobs), watch, self._born)
+
+    def stop(self):
+        "Interrupt every step; what `run` waits for ends soon."
+        with self.lock:
+            self.stopping = True
+            interrupt(self.processes)
 
 # %% ../../nbs/runs/plan.ipynb #c012
 class PlanFailed(FerError):
@@ -266,43 +302,32 @@ class PlanFailed(FerError):
         if not_started: what += f'; not started for want of them: {some(list(not_started))}'
         super().__init__(codes[0], what, f'the other {len(done)} ended; {FAILURES[codes[0]].mend}, and the same command goes on')
 
+AGAIN = ('kernel_died', 'timeout') # what may not happen a second time
+
 def _alone(step): return step.stage in ('benchmark', 'compress') or bool(step.given.get('timing'))
 
 class _Parallel:
-    "A plan under way in several processes."
-    def __init__(self, steps, root, fresh, jobs, show, tell, lost):
-        self.steps, self.root, self.fresh, self.jobs, self.show, self.tell, self.lost = steps, Path(root or runs_root()), fresh, jobs, show, tell, lost
+    "A plan under way at a place that can run several steps at once."
+    def __init__(self, steps, root, fresh, place, show, tell, lost, retries):
+        self.steps, self.root, self.fresh, self.place, self.show, self.tell, self.lost, self.retries = steps, Path(root or runs_root()), fresh, place, show, tell, lost, dict.fromkeys((s.name for s in steps), retries)
         self.waiting, self.flying, self.marks = list(steps), {}, {}   # steps; future -> step, start; step -> fingerprint
         self.done, self.failed, self.not_started = {}, {}, {}
-        self.processes, self.stopping, self.lock = set(), False, threading.Lock()
 
     def run(self):
         "Run all; raises PlanFailed where something failed."
-        with ThreadPoolExecutor(self.jobs) as pool:
+        with ThreadPoolExecutor(self.place.most) as pool:
             try:
                 self._start(pool)
                 while self.flying:
                     for f in wait(self.flying, return_when=FIRST_COMPLETED)[0]: self._land(f)
                     self._start(pool)
             except BaseException as e:
-                self._stop()
+                self.place.stop()
                 if not isinstance(e, KeyboardInterrupt): raise
                 raise FerError('interrupted', f'stopped with {len(self.done)} of {len(self.steps)} steps ended and {len(self.flying)} under way') from None
         done = {s.name: self.done[s.name] for s in self.steps if s.name in self.done}
         if self.failed: raise PlanFailed(done, self.failed, self.not_started)
         return done
-
-    def _born(self, p):
-        with self.lock:
-            self.processes.add(p)
-            if self.stopping: p.send_signal(signal.SIGINT)
-
-    def _stop(self):
-        "Interrupt every process; the pool then waits for them."
-        with self.lock:
-            self.stopping = True
-            for p in self.processes:
-                if p.poll() is None: p.send_signal(signal.SIGINT)
 
 # %% ../../nbs/runs/plan.ipynb #c013
 def _without(step, gone):
@@ -335,7 +360,7 @@ def _ready(self, step):
 def _start(self, pool):
     "Start what can be started."
     for step in list(self.waiting):
-        if len(self.flying) == self.jobs: return
+        if len(self.flying) >= self.place.jobs: return
         if (given := self._ready(step)) is None: continue
         mark = fingerprint(step.stage, resolve(step.stage, given))
         if mark in {self.marks[s.name] for s, _ in self.flying.values()}: continue # the same run: taken when it has ended
@@ -347,17 +372,22 @@ def _start(self, pool):
         self.marks[step.name], i = mark, self.steps.index(step) + 1
         watch = (lambda d, t, text, i=i, step=step: self.show(i, len(self.steps), step, d, t, text)) if self.show else None
         if watch: watch(0, 1, 'starting')
-        order = {'stage': step.stage, 'given': given, 'root': str(self.root), 'fresh': self.fresh}
-        self.flying[pool.submit(_run_apart, step, order, _threads(1 if _alone(step) else self.jobs), watch, self._born)] = step, time.time()
+        order = {'stage': step.stage, 'given': given, 'root': str(self.root), 'fresh': self.fresh, 'cwd': os.getcwd(), 'argv': sys.argv}
+        self.flying[pool.submit(self.place.run, step.name, order, _alone(step), watch)] = step, time.time()
 
 @patch_to(_Parallel)
 def _land(self, future):
-    "Take in what a process has done."
+    "Take in what a step has come to."
     step, began = self.flying.pop(future)
-    try: run = future.result()
-    except FerError as e:
-        self.failed[step.name] = e
+    told = future.result()
+    if 'code' in told:
+        e = FerError(told['code'], told['what'], told['mend'])
+        if e.code in AGAIN and self.retries[step.name] > 0:
+            self.retries[step.name] -= 1
+            self.waiting.insert(0, step)
+            e = FerError(e.code, f'{e.what}; it is started again', e.mend)
+        else: self.failed[step.name] = e
         if self.lost: self.lost(step, e)
         return
-    self.done[step.name] = run
+    self.done[step.name] = run = Run(told['run'])
     if self.tell: self.tell(step, run, _seconds(run.manifest.ended) < began, time.time() - began)
