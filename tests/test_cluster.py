@@ -87,20 +87,20 @@ def test_the_steps_of_a_killed_worker_are_taken_up_by_another(cluster):
 
 
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks into /proc')
-@pytest.mark.parametrize('what', ['scheduler', 'everything'])
+@pytest.mark.parametrize('what', ['plan', 'scheduler', 'everything'])
 def test_a_death_loses_nothing_and_the_same_command_goes_on(cluster, what):
     plan, c = cluster
     process, notes = begin(plan, c)
-    os.killpg(c.scheduler.pid, signal.SIGKILL)
-    if what == 'everything': c.end(); process.kill()
+    if what != 'plan': os.killpg(c.scheduler.pid, signal.SIGKILL)
+    if what == 'everything': c.end()
+    if what != 'scheduler': process.kill()
     out, err = process.communicate(timeout=100)
     if what == 'scheduler':
         assert process.returncode == FAILURES['kernel_died'].exit_code and '2 of 3 steps failed' in err and c.address in out and 'Traceback' not in err, err
     all_gone(notes)
     (plan.home/'common'/'mended').touch()
-    fresh = Cluster(plan.home, plan.env)
-    try: again = plan.go('--scheduler', fresh.address)
-    finally: fresh.end()
+    if what != 'plan': c.end(); c.__init__(plan.home, plan.env)  # its workers are there still
+    again = plan.go('--scheduler', c.address)
     assert again.returncode == 0, again.stderr
     assert ended(again)['data'][1] == 'reused' and {ended(again)[f'a[seed={s}]'][-1] for s in (0, 1)} == {str(f.parent) for f in notes}
 

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/cluster.ipynb #c002
 from __future__ import annotations
-import logging, os, sys, time, uuid
+import logging, os, sys, threading, time, uuid
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -20,17 +20,27 @@ _processes = {} # on a worker: plan -> processes of its steps; None in it = the 
 def _on_worker(plan, name, order, places, topic):
     "Run a step on the worker that this is called on; progress goes out as events."
     from distributed import get_worker
-    worker, last, mine = get_worker(), [0.], _processes.setdefault(plan, [])
+    worker, last, mine, done = get_worker(), [0.], _processes.setdefault(plan, []), threading.Event()
+    key = worker.get_current_task()
     def watch(done, total, text):
         if done < total and time.time() - last[0] < 1: return
         last[0] = time.time()
         worker.log_event(topic, [done, total, text])
+    def wanted(): # no longer, when the plan's process has died
+        task = worker.state.tasks.get(key)
+        return task is not None and task.state != 'cancelled'
     def born(p):
         mine.append(p)
         if None in mine: interrupt([p])
+        threading.Thread(target=_follow, args=(p, wanted, done), daemon=True).start()
     if not Path(order['cwd']).is_dir(): return {'code': 'missing_file', 'what': f'{order["cwd"]} is not there on {worker.address}', 'mend': 'give workers the same file system'}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return run_apart(name, order, max(1, cores//places.get(worker.address, worker.state.nthreads)) if places else cores, watch, born)
+    try: return run_apart(name, order, max(1, cores//places.get(worker.address, worker.state.nthreads)) if places else cores, watch, born)
+    finally: done.set()
+
+def _follow(process, wanted, done):
+    while not done.wait(1):
+        if not wanted(): return interrupt([process])
 
 def _interrupt(plan): # on every worker
     mine = _processes.setdefault(plan, [])
@@ -96,7 +106,7 @@ def run(self, name:str,   # of the step
         future = self.client.submit(_on_worker, self.id, name, order, {} if alone else {a: hosts[w['host']] for a, w in there.items()}, topic,
                                     key=f'{name}-{uuid.uuid4().hex}', pure=False, resources={'GPU': 1} if gpu else None)
         return self._wait(name, future, watch)
-    except Exception as e: return {'code': 'kernel_died', 'what': f'{name} was lost with {self._what_went(e)}', 'mend': ''}
+    except Exception as e: return self._lost(name, e)
     finally:
         if watch and self.client.status == 'running': self.client.unsubscribe_topic(topic)
 
@@ -115,8 +125,10 @@ def _wait(self, name, future, watch):
             return {'code': 'kernel_died', 'what': f'{name}: no worker has been at {self.address} for {self.patience:.0f} s', 'mend': 'start workers with `dask worker`'}
 
 @patch_to(Workers)
-def _what_went(self, e):
-    return f'its workers: {e}' if type(e).__name__ == 'KilledWorker' else f'the scheduler at {self.address} ({type(e).__name__})'
+def _lost(self, name, e):
+    if self.client.status != 'running': return {'code': 'kernel_died', 'what': f'{name} was lost with the scheduler at {self.address} ({type(e).__name__})', 'mend': ''}
+    if type(e).__name__ == 'KilledWorker': return {'code': 'kernel_died', 'what': f'{name} was lost with its workers: {e}', 'mend': ''}
+    return {'code': 'unexpected', 'what': f'{name} failed on its worker: {type(e).__name__}: {e}', 'mend': 'workers need this fer_core and its packages'}
 
 @patch_to(Workers)
 def stop(self):
