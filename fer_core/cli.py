@@ -147,7 +147,8 @@ def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as
                fresh:Annotated[bool, typer.Option(help='run every stage anew')] = False,
                jobs:Jobs = 0,
                scheduler:Annotated[str, typer.Option(help="run the steps on the workers of a Dask scheduler: its address, or a batch queue's YAML file")] = '',
-               retries:Annotated[int, typer.Option(help='with --jobs or --scheduler: how often a step is started again whose process died', min=0)] = 0,
+               retries:Annotated[int, typer.Option(help='with --jobs or --scheduler: how often a step is started again whose process died or ran out of time', min=0)] = 0,
+               timeout:Annotated[int, typer.Option(help='seconds a cell of a stage may take; 0 = no limit', min=0)] = 0,
                only:Annotated[Optional[list[str]], typer.Option(help='run only this step, a grid whole, and what it needs; repeatable')] = None):
     "The whole path: curate, teachers, ensemble, student CE-KD-DKD, calibration, INT8, latency, report. Resumes where it stopped."
     from fer_core.runs.plan import needed, plans_folder, read_plan, run_plan
@@ -166,7 +167,7 @@ def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as
         bar.ended(step)
         print(f'{step.name:24} {"failed":9} {error.code}: {error.what}', flush=True)
     try:
-        with _place(scheduler) as place: runs = run_plan(steps, out, fresh, bar.show, tell, jobs, lost, place, retries)
+        with _place(scheduler) as place: runs = run_plan(steps, out, fresh, bar.show, tell, jobs, lost, place, retries, timeout)
     finally: bar.close()
     last = {r.manifest.stage: r for r in runs.values()} # a plan may name its steps as it likes, or lack one
     verdicts = [v for r in runs.values() if r.manifest.stage != 'thesis' for v in r.manifest.gates]

@@ -172,6 +172,15 @@ def test_a_part_of_a_plan_brings_what_it_stands_on(root, tmp_path):
     with pytest.raises(FerError, match="no step 'fokal'"): needed(steps, ['fokal'])
 
 
+def test_a_hung_step_is_stopped_and_started_again(toys):
+    plan = toy_plan(toys, 'hung', "data: {stage: curate}\na: {stage: teacher, data: '@data', hold: 300, each: {seed: [0]}}")
+    done = plan.go('--jobs', '1', '--timeout', '12', '--retries', '1')
+    assert done.returncode == FAILURES['timeout'].exit_code and done.stdout.count('timeout:') == 2 and done.stdout.count('it is started again') == 1, done.stderr
+    assert len(list((plan.home/'runs').glob('*-teacher-*'))) == 1
+    (plan.home/'common'/'mended').touch()
+    assert plan.go('--jobs', '1', '--timeout', '60').returncode == 0
+
+
 # ---- sweeps ----
 
 A, B, SEEDS = (.5, 1., 2.), (2., 8.), (0, 1)

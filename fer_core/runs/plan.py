@@ -188,19 +188,20 @@ def run_plan(steps:list[Step], # of read_plan
              jobs:int=0,       # processes at a time; 0 = one by one in this process, the first failure ends the plan
              lost=None,        # f(step, error), after each step that failed beside others
              place=None,       # where steps run, in place of `jobs` processes here: a `Here`, or `cluster.Workers`
-             retries:int=0     # how often a step is started again whose process died or ran out of time; with jobs or place
+             retries:int=0,    # how often a step is started again whose process died or ran out of time; with jobs or place
+             timeout:int=0     # seconds a cell of a step may take; 0 = no limit
             )->dict[str, Run]: # step name -> run
     "Run a plan's steps; with `jobs`, those that need not wait for each other at the same time."
     _check_weights(steps) # now, not after hours
     _check_methods(steps)
     if jobs < 0: raise _bad(f'jobs={jobs}', 'give the number of processes, or 0')
-    if jobs or place: return _Parallel(steps, root, fresh, place or Here(jobs), show, tell, lost, retries).run()
+    if jobs or place: return _Parallel(steps, root, fresh, place or Here(jobs), show, tell, lost, retries, timeout).run()
     done = {}
     for i, step in enumerate(steps, 1):
         began = time.time()
         watch = (lambda d, t, text: show(i, len(steps), step, d, t, text)) if show else None
         if watch: watch(0, 1, 'starting')
-        run = run_stage(step.stage, {k: _insert(v, done) for k, v in step.given.items()}, root, reuse=not fresh, fresh=fresh, show=watch)
+        run = run_stage(step.stage, {k: _insert(v, done) for k, v in step.given.items()}, root, reuse=not fresh, fresh=fresh, show=watch, timeout=timeout)
         done[step.name] = run
         if tell: tell(step, run, _seconds(run.manifest.ended) < began, time.time() - began)
     return done
@@ -221,7 +222,7 @@ def _child():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     def say(**words): out.write(json.dumps(words) + '\n')
-    try: run = run_stage(order['stage'], order['given'], order['root'], reuse=not order['fresh'], fresh=order['fresh'], show=lambda d, t, text: say(done=d, total=t, text=text))
+    try: run = run_stage(order['stage'], order['given'], order['root'], reuse=not order['fresh'], fresh=order['fresh'], timeout=order['timeout'], show=lambda d, t, text: say(done=d, total=t, text=text))
     except FerError as e: say(code=e.code, what=e.what, mend=e.mend)
     except BaseException as e: say(code=failure_code(e), what=f'{type(e).__name__}: {e}', mend='')
     else: say(run=str(run.folder))
@@ -237,7 +238,7 @@ def _threads(jobs):
     return max(1, min(cores//jobs, int(given) if given.isdigit() else cores))
 
 def run_apart(name:str,   # of the step
-              order:dict, # stage, given, root, fresh, cwd, argv
+              order:dict, # stage, given, root, fresh, timeout, cwd, argv
               threads:int,
               watch=None, # f(done, total, text)
               born=None   # f(process), once it has started
@@ -308,8 +309,8 @@ def _alone(step): return step.stage in ('benchmark', 'compress') or bool(step.gi
 
 class _Parallel:
     "A plan under way at a place that can run several steps at once."
-    def __init__(self, steps, root, fresh, place, show, tell, lost, retries):
-        self.steps, self.root, self.fresh, self.place, self.show, self.tell, self.lost, self.retries = steps, Path(root or runs_root()), fresh, place, show, tell, lost, dict.fromkeys((s.name for s in steps), retries)
+    def __init__(self, steps, root, fresh, place, show, tell, lost, retries, timeout):
+        self.steps, self.root, self.fresh, self.timeout, self.place, self.show, self.tell, self.lost, self.retries = steps, Path(root or runs_root()), fresh, timeout, place, show, tell, lost, dict.fromkeys((s.name for s in steps), retries)
         self.waiting, self.flying, self.marks = list(steps), {}, {}   # steps; future -> step, start; step -> fingerprint
         self.done, self.failed, self.not_started = {}, {}, {}
 
@@ -372,7 +373,7 @@ def _start(self, pool):
         self.marks[step.name], i = mark, self.steps.index(step) + 1
         watch = (lambda d, t, text, i=i, step=step: self.show(i, len(self.steps), step, d, t, text)) if self.show else None
         if watch: watch(0, 1, 'starting')
-        order = {'stage': step.stage, 'given': given, 'root': str(self.root), 'fresh': self.fresh, 'cwd': os.getcwd(), 'argv': sys.argv}
+        order = {'stage': step.stage, 'given': given, 'root': str(self.root), 'fresh': self.fresh, 'timeout': self.timeout, 'cwd': os.getcwd(), 'argv': sys.argv}
         self.flying[pool.submit(self.place.run, step.name, order, _alone(step), watch)] = step, time.time()
 
 @patch_to(_Parallel)
