@@ -172,6 +172,21 @@ def test_a_part_of_a_plan_brings_what_it_stands_on(root, tmp_path):
     with pytest.raises(FerError, match="no step 'fokal'"): needed(steps, ['fokal'])
 
 
+def test_a_run_that_is_stopped_when_it_has_ended_stays_as_it_is(toys, tmp_path, monkeypatch):
+    from fer_core.runs import stage
+    def last_moment(name, run, given, timeout):
+        run = Run(run.folder); run.finish()
+        run.path('curate.ipynb').write_text('{}')
+        raise KeyboardInterrupt
+    monkeypatch.setenv('FER_CORE_STAGES', str(toys.root/'stages'))
+    monkeypatch.setattr(stage, '_execute', last_moment)
+    with pytest.raises(FerError, match='it stays accepted') as e: stage.run_stage('curate', {}, tmp_path)
+    run = next(tmp_path.iterdir())
+    assert e.value.code == 'interrupted' and set(verify_hashes(run).values()) == {'ok'}
+    monkeypatch.setattr(stage, '_execute', None)
+    assert stage.run_stage('curate', {}, tmp_path, reuse=True).folder == run
+
+
 def test_a_hung_step_is_stopped_and_started_again(toys):
     plan = toy_plan(toys, 'hung', "data: {stage: curate}\na: {stage: teacher, data: '@data', hold: 300, each: {seed: [0]}}")
     done = plan.go('--jobs', '1', '--timeout', '12', '--retries', '1')

@@ -185,7 +185,11 @@ def run_stage(stage:str,       # stage name
     except (Exception, KeyboardInterrupt) as e:
         code, what = _blame(e)
         run = Run(run.folder)
-        if code in ('interrupted', 'kernel_died', 'timeout'): what = f'stopped at {_quiet(run.path("progress.json")).get("text") or "its start"}'
+        stopped = code in ('interrupted', 'kernel_died', 'timeout')
+        if stopped and run.manifest.status in ('accepted', 'rejected'): # in its last moment: nothing is lost, and nothing is repeated
+            write_hashes(run.folder)
+            raise FerError(code, f'{stage} ({run.folder}) was stopped when it had ended: it stays {run.manifest.status}') from e
+        if stopped: what = f'stopped at {_quiet(run.path("progress.json")).get("text") or "its start"}'
         run.fail(code=code, what=what)
         what = what.removesuffix(f': {FAILURES[code].mend}')
         raise FerError(code, f'{stage} ({run.folder}) {what}') from e
