@@ -118,7 +118,7 @@ def test_a_grid_runs_resumes_and_hands_each_run_its_own_parents(plan, tmp_path, 
     "The order of a sweep, its references as folders, and the stop at a failing run."
     from fer_core.runs import plan as module
     asked, broken = [], {'b[seed=1]'}
-    def run_stage(stage, given, root, reuse, fresh, show):
+    def run_stage(stage, given, root, reuse, fresh, show, timeout):
         name = f'{stage}-{len(asked)}'
         asked.append((stage, given))
         if stage == 'teacher' and given.get('seed') == 1 and broken: raise FerError('nan_loss', 'it went wrong')

@@ -67,7 +67,7 @@ class Workers:
         self.address, self.id, self.cluster = str(scheduler), uuid.uuid4().hex, None
         if self.address.endswith(('.yaml', '.yml')): self.cluster = start_queue(scheduler)
         self.patience = patience or (float('inf') if self.cluster else PATIENCE)
-        try: self.client = dask.Client(self.cluster or self.address, timeout=20, set_as_default=False)
+        try: self.client = dask.Client(self.cluster or self.address, timeout=8, set_as_default=False)
         except (OSError, ValueError, TimeoutError) as e:
             if self.cluster: self.cluster.close()
             raise FerError('bad_parameter', f'no scheduler answers at {self.address} ({type(e).__name__})', 'start one with `dask scheduler` and give the address it prints') from None
