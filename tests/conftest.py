@@ -32,6 +32,15 @@ def shared(): # -> folder with real data and weights (data/, weights/), read-onl
     return folder
 
 
+@pytest.fixture(scope='session', autouse=True)
+def kernels(): # beside other tests, stages start in forks of one process that has loaded the libraries
+    if 'PYTEST_XDIST_WORKER' not in os.environ: yield; return
+    from fer_core.runs.kernels import start_warm, warm
+    with warm():
+        start_warm()
+        yield
+
+
 @pytest.fixture(scope='module')
 def data(tmp_path_factory): # a curated folder of drawn discs, seven classes: 56 to train on, 21 to choose by, 21 to test
     import torch

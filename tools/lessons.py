@@ -1,6 +1,7 @@
 """Runs the lesson cells of every library notebook with nbdev_test, each in its own process and two at a time, and says what each took.
 
 The processes are forks of this one, which has loaded the large libraries: starting afresh, most notebooks take longer to import than to run.
+A full run has the kernels that notebooks start forked too (fer_core.runs.kernels).
 
 Stage notebooks are left to papermill (tests/ and `fer quickstart`). A notebook is over its time when both its wall time and its CPU time are:
 a busy neighbour lengthens the one and not the other."""
@@ -28,6 +29,16 @@ def preload():
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # notebooks share the cores
     os.environ['MPLBACKEND'] = 'agg'
     for name in ('nbdev.test', 'torch', 'pandas', 'matplotlib.pyplot', 'scipy.stats', 'sklearn.metrics', 'onnx', 'onnxruntime', 'cv2', 'torch._dynamo', 'lightning_fabric', 'papermill'): importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def forked_kernels():
+    "Kernels that lessons start are forks too; fer_core, which lessons load themselves, is forgotten here."
+    from fer_core.runs.kernels import start_warm, warm
+    with warm():
+        start_warm()
+        for name in [n for n in sys.modules if n.partition('.')[0] == 'fer_core']: del sys.modules[name]
+        yield
 
 
 def test(path, flags, log): # in the child: path of a notebook; log: file that takes what it prints
@@ -115,7 +126,7 @@ def main():
     everything, key = not a.notebooks and not a.flags, fingerprint()
     rows = recorded(key) if a.recorded and everything else None
     if rows is None:
-        rows = run_all([p.absolute() for p in a.notebooks] or notebooks(), a.flags, a.workers, a.kill)
+        with forked_kernels() if everything else contextlib.nullcontext(): rows = run_all([p.absolute() for p in a.notebooks] or notebooks(), a.flags, a.workers, a.kill)
         if everything and all(r['ok'] for r in rows):
             RECORD.parent.mkdir(exist_ok=True)
             RECORD.write_text(json.dumps({'key': key, 'rows': rows}, indent=1))

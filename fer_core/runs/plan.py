@@ -6,11 +6,13 @@
 from __future__ import annotations
 import itertools, json, os, re, signal, subprocess, sys, tempfile, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 from ..artifacts import FAILURES, FerError, Run, failure_code, patch_to
 from ..compat import mend_torchvision
+from .kernels import kernel_environment, start_warm, warm
 from .stage import find_run, fingerprint, parameters, resolve, run_stage, runs_root, same_weights, stage_notebook
 
 # %% auto #0
@@ -195,7 +197,11 @@ def run_plan(steps:list[Step], # of read_plan
     _check_weights(steps) # now, not after hours
     _check_methods(steps)
     if jobs < 0: raise _bad(f'jobs={jobs}', 'give the number of processes, or 0')
-    if jobs or place: return _Parallel(steps, root, fresh, place or Here(jobs), show, tell, lost, retries, timeout).run()
+    with warm() if len(steps) > 1 else nullcontext():
+        if jobs or place: return _Parallel(steps, root, fresh, place or Here(jobs), show, tell, lost, retries, timeout).run()
+        return _one_by_one(steps, root, fresh, show, tell, timeout)
+
+def _one_by_one(steps, root, fresh, show, tell, timeout):
     done = {}
     for i, step in enumerate(steps, 1):
         began = time.time()
@@ -244,8 +250,7 @@ def run_apart(name:str,   # of the step
               born=None   # f(process), once it has started
              )->dict:     # run = its folder, or code, what, mend
     "Run a step in a process of its own."
-    home = str(Path(__file__).parents[2]) # the child runs this code, whatever fer_core lies in the working directory
-    env = os.environ | {'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': os.pathsep.join(filter(None, [home, os.environ.get('PYTHONPATH')]))}
+    env = kernel_environment() | {'OMP_NUM_THREADS': str(threads)} # the child runs this code, whatever fer_core lies in the working directory
     with tempfile.TemporaryFile('w+') as err, subprocess.Popen([sys.executable, '-P', '-c', _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True, env=env, cwd=order['cwd'], start_new_session=True) as p:
         if born: born(p)
         try: p.stdin.write(json.dumps(order) + '\n'); p.stdin.flush()
@@ -282,6 +287,7 @@ class Here:
             watch=None        # f(done, total, text)
            )->dict:           # as of `run_apart`
         "Run a step; called from a thread."
+        start_warm(OMP_NUM_THREADS=str(_threads(self.jobs)))
         return run_apart(name, order, _threads(1 if alone else self.jobs), watch, self._born)
 
     def stop(self):

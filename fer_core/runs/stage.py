@@ -8,6 +8,7 @@ import ast, difflib, json, os, threading
 from pathlib import Path
 from ..artifacts import FAILURES, FerError, Run, failure_code, git_state, new_run_folder, read_json, sha256_bytes, sha256_file, utc_now, write_hashes
 from ..compat import mend_nbformat
+from .kernels import kernel_environment, use_warm
 
 # %% auto #0
 __all__ = ['STAGES', 'LATER', 'stage_notebook', 'parameters', 'resolve', 'fingerprint', 'find_run', 'same_weights', 'runs_root',
@@ -152,10 +153,8 @@ def _execute(stage, run, given, timeout):
     import logging, warnings
     warnings.simplefilter('ignore', MissingIDFieldWarning)
     logging.getLogger('papermill').setLevel(logging.ERROR)
-    os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline' # figures belong into the notebook, whatever the caller's shell prefers
-    os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # two kernels beside each other do not spin each other away
-    home = str(Path(__file__).parents[2])
-    os.environ['PYTHONPATH'] = os.pathsep.join(dict.fromkeys([home, *filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep))]))
+    os.environ.update(kernel_environment())
+    use_warm()
     papermill.execute_notebook(str(stage_notebook(stage)), str(run.path(f'{stage}.ipynb')), parameters=given, kernel_name='python3',
                                progress_bar=False, log_output=False, execution_timeout=timeout or None, cwd=os.getcwd(),
                                extra_arguments=['--log-level=CRITICAL']) # what goes wrong is said once, by us
