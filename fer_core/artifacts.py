@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+from .compat import cores
 
 # %% auto #0
 __all__ = ['FAILURES', 'HASHES', 'SIGNATURE', 'PUBLIC_KEY', 'RELEASE_FORMAT', 'Failure', 'FerError', 'failure_code',
@@ -293,7 +294,7 @@ def environment()->dict: # python, platform, CPU, cores, torch's threads, packag
     cpu = next((line.split(':', 1)[1].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')), platform.processor())
     torch = sys.modules.get('torch')
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
-    return {'python': platform.python_version(), 'platform': platform.platform(), 'cpu': cpu, 'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+    return {'python': platform.python_version(), 'platform': platform.platform(), 'cpu': cpu, 'cores': cores(),
             'threads': torch.get_num_threads() if torch else None, 'gpu': gpu, 'cuda': getattr(getattr(torch, 'version', None), 'cuda', None), 'packages': {p: version(p) for p in _PACKAGES}}
 
 def _lines(path): 

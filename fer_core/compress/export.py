@@ -4,20 +4,20 @@
 
 # %% ../../nbs/compress/export.ipynb #c002
 from __future__ import annotations
-import contextlib, io, json, logging, math, os, warnings
+import contextlib, io, json, logging, math, warnings
 from pathlib import Path
 import numpy as np, onnx, onnxscript.optimizer, torch
 from torch import nn
 from ..artifacts import FerError, atomic_path
-from ..compat import session_options
+from ..compat import cores, session_options
 from ..data.preprocess import Preprocess
 from ..evaluate.answer import EDGE
 from ..labels import CLASSES, N_CLASSES
 
 # %% auto #0
 __all__ = ['FORMAT', 'METADATA', 'make_metadata', 'strip_notes', 'pool_globally', 'save_onnx', 'Mirrored', 'evaluating', 'quiet',
-           'export_onnx', 'read_metadata', 'write_metadata', 'scale_logits', 'cores', 'open_onnx', 'onnx_logits',
-           'torch_logits', 'parity']
+           'export_onnx', 'read_metadata', 'write_metadata', 'scale_logits', 'open_onnx', 'onnx_logits', 'torch_logits',
+           'parity']
 
 # %% ../../nbs/compress/export.ipynb #c004
 FORMAT = 'fer_core/1'
@@ -213,10 +213,6 @@ def scale_logits(path,   # ONNX file of ours, rewritten atomically
     return save_onnx(proto, path, raw | {'scaling': json.dumps(scaling.to_dict())})
 
 # %% ../../nbs/compress/export.ipynb #c019
-def cores()->int: # 1 or more
-    "CPU cores this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
 def open_onnx(path,                  # ONNX file
               threads:int|None=None, # intra-op threads; None = `cores()`
               provider:str='CPUExecutionProvider', # execution provider of ONNX Runtime

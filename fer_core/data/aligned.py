@@ -4,9 +4,9 @@
 
 # %% ../../nbs/data/aligned.ipynb #c002
 from __future__ import annotations
-import os
 from concurrent.futures import ThreadPoolExecutor
 import cv2, numpy as np
+from ..compat import cores
 from .fingerprint import as_grey
 from ..faces.align import TEMPLATE
 
@@ -103,7 +103,7 @@ def agreement(a:np.ndarray, # (48, 48) uint8
 def _agreeing(faces, others, pairs, least, progress):
     "Pairs that agree once registered; OpenCV works outside the interpreter's lock, so threads help."
     keep = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 2) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for at in range(0, len(pairs), 4096):
             some = pairs[at:at + 4096]
             keep.append(np.fromiter(pool.map(lambda p: agreement(faces[p[0]], others[p[1]]) >= least, some), bool, len(some)))

@@ -4,11 +4,12 @@
 
 # %% ../../nbs/data/fingerprint.ipynb #c002
 from __future__ import annotations
-import hashlib, os
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import cv2, numpy as np
 from PIL import Image
+from ..compat import cores
 
 # %% auto #0
 __all__ = ['MAX_NEAR', 'NEAR', 'CORRELATION', 'PARTS', 'as_grey', 'pixel_sha256', 'phash', 'Prints', 'fingerprints',
@@ -195,7 +196,7 @@ def near_pairs(prints:Prints,          # fingerprints
     _, first = np.unique(prints.sha256, return_index=True)  # exact copies are found by their hash
     first = np.sort(first)
     u = prints.take(first)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 2) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         jobs = [pool.submit(_pairs, u.phash, u.thumb, u, near, correlation, mirror) for mirror in (False, True)]
         jobs += [pool.submit(_part_pairs, window, u, near, correlation) for window in PARTS.values() if parts and len(u)]
         pairs = [j.result() for j in jobs]

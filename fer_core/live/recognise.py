@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2, numpy as np
 import fer_core
 from ..artifacts import HASHES, FerError, patch_to, read_json, sha256_bytes
-from ..compat import session_options
+from ..compat import cores, session_options
 from ..data.preprocess import Preprocess, face_of, normalise, standardise
 from ..faces.detect import Detections, as_bgr, detector as make_detector
 from ..labels import CLASSES, N_CLASSES
@@ -48,8 +48,7 @@ def read_spec(metadata:dict, # metadata_props of an ONNX file, all strings
 # %% ../../nbs/live/recognise.ipynb #c005
 def model_threads()->int: # 1..4
     "Threads for a model this small: as many cores as this process may use, at most four."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return max(1, min(4, cores))
+    return max(1, min(4, cores()))
 
 def open_session(data:bytes,      # content of an ONNX file
                  name:str,        # the file, for messages

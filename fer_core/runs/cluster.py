@@ -4,11 +4,12 @@
 
 # %% ../../nbs/runs/cluster.ipynb #c002
 from __future__ import annotations
-import logging, os, sys, threading, time, uuid
+import logging, sys, threading, time, uuid
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 from ..artifacts import FerError, patch_to
+from ..compat import cores
 from .plan import interrupt, run_apart
 
 # %% auto #0
@@ -20,7 +21,7 @@ _processes = {} # on a worker: plan -> processes of its steps; None in it = the 
 def _on_worker(plan, name, order, places, topic):
     "Run a step on the worker that this is called on; progress goes out as events."
     from distributed import get_worker
-    worker, last, mine, done = get_worker(), [0.], _processes.setdefault(plan, []), threading.Event()
+    worker, last, mine, ended = get_worker(), [0.], _processes.setdefault(plan, []), threading.Event()
     key = worker.get_current_task()
     def watch(done, total, text):
         if done < total and time.time() - last[0] < 1: return
@@ -32,14 +33,13 @@ def _on_worker(plan, name, order, places, topic):
     def born(p):
         mine.append(p)
         if None in mine: interrupt([p])
-        threading.Thread(target=_follow, args=(p, wanted, done), daemon=True).start()
+        threading.Thread(target=_follow, args=(p, wanted, ended), daemon=True).start()
     if not Path(order['cwd']).is_dir(): return {'code': 'missing_file', 'what': f'{order["cwd"]} is not there on {worker.address}', 'mend': 'give workers the same file system'}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    try: return run_apart(name, order, max(1, cores//places.get(worker.address, worker.state.nthreads)) if places else cores, watch, born)
-    finally: done.set()
+    try: return run_apart(name, order, max(1, cores()//places.get(worker.address, worker.state.nthreads)) if places else cores(), watch, born)
+    finally: ended.set()
 
-def _follow(process, wanted, done):
-    while not done.wait(1):
+def _follow(process, wanted, ended):
+    while not ended.wait(1):
         if not wanted(): return interrupt([process])
 
 def _interrupt(plan): # on every worker

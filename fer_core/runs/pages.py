@@ -72,14 +72,18 @@ def _describe(nb):
         for o in c.get('outputs', ()):
             if 'image/png' in o.get('data', {}): o.metadata['alt'] = f'Figure: {heading}'
 
+def _nbformat():
+    mend_nbformat()
+    import nbformat
+    return nbformat
+
 def to_html(notebook, # executed notebook
             page,     # HTML file to write
             before:str='', # HTML above it
             after:str=''   # HTML below it
            )->Path:   # the page
     "A self-contained HTML page of an executed notebook."
-    mend_nbformat()
-    import nbformat
+    nbformat = _nbformat()
     from nbconvert import HTMLExporter
     nb = nbformat.read(notebook, as_version=4)
     _describe(nb)
@@ -98,7 +102,7 @@ def _relinked(text, home, stages): # markdown of a stage notebook, as it stands 
     return re.sub(r'(?<!!)\[([^\]]+)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)', lambda m: mend([m[0], m[1], m[2], m[3] or '']), text)
 
 def _write(home, stage): # the page of a published report, and its notebook's links mended
-    import nbformat
+    nbformat = _nbformat()
     notebook = home/f'{stage}.ipynb'
     nb, stages = nbformat.read(notebook, as_version=4), stage_notebook(stage).parent
     for c in nb.cells:
@@ -114,8 +118,7 @@ def publish(run:Run,  # finished run
     "Copy a run's executed notebook, its HTML page and the run.json of every run behind it into `reports/<run id>/`, and list it."
     source = run.path(f'{run.manifest.stage}.ipynb')
     if not source.is_file(): raise FerError('missing_file', f'{source} is not there', 'execute the stage with `fer run`')
-    mend_nbformat()
-    import nbformat
+    nbformat = _nbformat()
     home, nb = Path(reports)/run.folder.name, nbformat.read(source, as_version=4)
     if 'papermill' in nb.metadata: nb.metadata.papermill.update(input_path=f'nbs/stages/{source.name}', output_path=source.name) # not where this machine keeps them
     write_text(home/source.name, nbformat.writes(nb) + '\n')

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 from ..artifacts import FAILURES, FerError, Run, failure_code, patch_to
-from ..compat import mend_torchvision
+from ..compat import cores, mend_torchvision
 from .kernels import kernel_environment, start_warm, warm
 from .stage import find_run, fingerprint, parameters, resolve, run_stage, runs_root, same_weights, stage_notebook
 
@@ -197,6 +197,7 @@ def run_plan(steps:list[Step], # of read_plan
     _check_weights(steps) # now, not after hours
     _check_methods(steps)
     if jobs < 0: raise _bad(f'jobs={jobs}', 'give the number of processes, or 0')
+    if retries and not (jobs or place): raise _bad('retries for steps of this process', 'have them run in processes of their own: --jobs 1')
     with warm() if len(steps) > 1 else nullcontext():
         if jobs or place: return _Parallel(steps, root, fresh, place or Here(jobs), show, tell, lost, retries, timeout).run()
         return _one_by_one(steps, root, fresh, show, tell, timeout)
@@ -239,9 +240,8 @@ def _end_with_parent():
 
 def _threads(jobs):
     "Threads for each of so many processes."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     given = os.environ.get('OMP_NUM_THREADS', '')
-    return max(1, min(cores//jobs, int(given) if given.isdigit() else cores))
+    return max(1, min(cores()//jobs, int(given) if given.isdigit() else cores()))
 
 def run_apart(name:str,   # of the step
               order:dict, # stage, given, root, fresh, timeout, cwd, argv

@@ -14,6 +14,7 @@ from ..evaluate.figures import PALETTE, stamp
 from ..evaluate.gates import evaluate_gates, gate_table
 from ..labels import CLASSES
 from .compare import Judged, _part, check_comparable, group_runs, read_judged, t_interval
+from .kernels import warm
 from .plan import needed, read_plan, run_plan
 from .stage import parameters, runs_root
 
@@ -404,7 +405,7 @@ def run(self, trials:int, # in all, those of earlier calls included
         tell=None         # f(trial number, values, state, value or code)
        )->dict:           # of `Study.report`
     "Go on until so many trials have ended."
-    with _held(self.folder): return self._go_on(trials, show, tell)
+    with _held(self.folder), warm(): return self._go_on(trials, show, tell)
 
 @patch_to(Study)
 def _go_on(self, trials, show, tell):
