@@ -115,8 +115,9 @@ class _Fork:
 def _fork(cmd, env, cwd)->_Fork|None: # None: it has to be started afresh
     "Ask for a kernel."
     where = os.environ.get('FER_CORE_KERNELS')
-    if not where or not os.path.exists(where) or not os.path.samefile(cmd[0], sys.executable) or cmd[1:3] != ['-m', 'ipykernel_launcher']: return None
-    order = {'argv': cmd[2:], 'env': dict(env) | {'JPY_PARENT_PID': str(os.getpid())}, 'cwd': str(cwd or os.getcwd())}
+    python, *words = [w for w in cmd if w != '-Xfrozen_modules=off'] # which is for debuggers
+    if not where or not os.path.exists(where) or not os.path.samefile(python, sys.executable) or words[:2] != ['-m', 'ipykernel_launcher']: return None
+    order = {'argv': words[1:], 'env': dict(env) | {'JPY_PARENT_PID': str(os.getpid())}, 'cwd': str(cwd or os.getcwd())}
     me = os.pidfd_open(os.getpid())
     try:
         with socket.socket(socket.AF_UNIX) as conn:
