@@ -187,10 +187,11 @@ def study(plan:Annotated[Path, typer.Option(help='plan with the step')],
           source:Annotated[str, typer.Option(help='as for quickstart')] = 'auto',
           given:Annotated[Optional[list[str]], typer.Option('--set', help='as for quickstart')] = None,
           out:Out = None, jobs:Jobs = 0,
+          sampler:Annotated[str, typer.Option(help="proposes values: 'tpe' from the trials before, 'random' from none")] = 'tpe',
           seed:Annotated[int, typer.Option(help='of the sampler')] = 0, as_json:Json = False):
     "Search a plan step's parameters with Optuna, by a validation metric; the same command goes on where it stopped."
     from fer_core.runs.sweep import Study
-    search, bar = Study(plan, step, space, metric, out, _plan_change(data, source, given), seed, jobs), Board() if jobs else Progress()
+    search, bar = Study(plan, step, space, metric, out, _plan_change(data, source, given), seed, jobs, sampler), Board() if jobs else Progress()
     def tell(number, values, state, value):
         bar.close()
         if not as_json: print(f'trial {number:3} {state:8} {value if isinstance(value, str) else f"{value:.4f}":10} ' + ' '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in values.items()), flush=True)

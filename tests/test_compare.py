@@ -90,6 +90,8 @@ one: {stage: student, data: '@data', phase: kd, before: '@ce[seed=1]', softlabel
     ('s: {stage: teacher, each: {backbone: ["a,b"]}}', ('an axis takes numbers',)),
     ('s: {stage: teacher, each: {seeds: [0, 1]}}', ("no parameter 'seeds'", "'seed'")),
     ('s: {stage: teacher, each: {seed: [0, x]}}', ("seed='x' is not an int",)),
+    ('s: {stage: teacher, each: []}', ()), ('s: {stage: teacher, each: [{lr: 0.1}, {gamma: 2}]}', ('same parameters', 'or points as')), ('s: {stage: teacher, each: [{lr: 0.1}, {lr: 0.1}]}', ('a point twice',)),
+    ('s: {stage: teacher, lr: 1.0, each: [{lr: 0.1}]}', ('both as a parameter and in each',)), ('s: {stage: teacher, each: [{options: [1]}]}', ('an axis takes numbers',)), ('s: {stage: teacher, each: [{seeds: 1}]}', ("no parameter 'seeds'",)),
     ('"s[0]": {stage: teacher}', ('plain word',))])
 def test_what_a_plan_leaves_open_is_refused_before_it_runs(plan, line, said):
     with pytest.raises(FerError) as e: plan(GRID + line)
@@ -104,6 +106,16 @@ def test_changes_from_outside_reach_all_runs_of_a_grid(plan):
     steps = plan(GRID, {'*': {'each.seed': '0'}})
     assert list(steps) == ['data', 'a[seed=0,gamma=0]', 'a[seed=0,gamma=2]', 'b[seed=0]', 'c']
     assert [s for s in plan(GRID, {'c': {'each.lr': '0.1,0.2'}}) if s.startswith('c')] == ['c[lr=0.1]', 'c[lr=0.2]']
+
+
+def test_a_list_of_points_is_what_it_says(plan):
+    text = GRID + "p: {stage: teacher, data: '@data', each: [{lr: 0.1, batch_size: 64}, {lr: 0.2, batch_size: 128}]}\n"
+    steps = plan(text + "e: {stage: ensemble, data: '@data', teachers: ['@p']}\nf: {stage: ensemble, data: '@data', teachers: ['@p[lr=0.2]']}")
+    assert [s for s in steps if s.startswith('p')] == ['p[lr=0.1,batch_size=64]', 'p[lr=0.2,batch_size=128]'] and steps['p[lr=0.2,batch_size=128]'].given['batch_size'] == 128
+    assert steps['e'].given['teachers'] == ['@p[lr=0.1,batch_size=64]', '@p[lr=0.2,batch_size=128]'] and steps['f'].given['teachers'] == ['@p[lr=0.2,batch_size=128]']
+    assert [s for s in plan(text, {'p': {'each.seed': '0,1'}}) if s.startswith('p')] == [f'p[lr={lr},batch_size={b},seed={s}]' for lr, b in ((.1, 64), (.2, 128)) for s in (0, 1)]
+    for change in ({'lr': '0.3'}, {'each.lr': '0.3'}):
+        with pytest.raises(FerError, match='given by the points of p.each'): plan(text, {'p': change})
 
 
 @pytest.mark.parametrize('change, said', [

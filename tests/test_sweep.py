@@ -402,6 +402,16 @@ def test_a_study_that_was_stopped_goes_on_as_if_it_had_not_been(trial_runs):
     assert trial_runs.make('parts', seed=1).folder != trial_runs.make('parts').folder
 
 
+def test_a_random_study_draws_without_looking_back(trial_runs):
+    drawn = lambda found: [(t['teacher.lr'], t['teacher.head']) for t in found['trials']]
+    study = trial_runs.make('random', sampler='random')
+    first = drawn(study.run(5)) + drawn(trial_runs.make('random', sampler='random').run(14))[5:]
+    trial_runs.broken |= {n: FerError('nan_loss', 'not finite') for n in (16, 20)} # whatever came of earlier trials
+    assert drawn(trial_runs.make('again', sampler='random').run(14)) == first and len(set(first)) == 14
+    assert drawn(trial_runs.make('tpe').run(14)) != first and trial_runs.make('same').folder.name != study.folder.name
+    with pytest.raises(FerError, match='tpe, random'): trial_runs.make(sampler='grid')
+
+
 def test_two_processes_do_not_write_one_study(trial_runs):
     study, said = trial_runs.make(), []
     def meanwhile(*_):

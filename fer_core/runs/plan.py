@@ -73,26 +73,38 @@ def _values(text):
     try: return yaml.safe_load(f'[{text}]')
     except yaml.YAMLError: return None
 
+def _check_value(path, where, v):
+    if type(v) not in (bool, int, float, str) or v == '' or set(str(v)) & set('[],=@'): raise _bad(f'{path}: {where} holds {v!r}', 'an axis takes numbers, true or false, and words without , = @ [ ]')
+
 def _axis(path, name, key, values):
     "The values of one axis, checked; text as on a command line is taken apart."
     if isinstance(values, str): values = _values(values.strip('[] '))
     if not isinstance(values, list) or not values: raise _bad(f'{path}: {name}.each.{key} is {values!r}', f'give it a list, e.g. each: {{{key}: [0, 1]}}')
-    for v in values:
-        if type(v) not in (bool, int, float, str) or v == '' or set(str(v)) & set('[],=@'): raise _bad(f'{path}: {name}.each.{key} holds {v!r}', 'an axis takes numbers, true or false, and words without , = @ [ ]')
+    for v in values: _check_value(path, f'{name}.each.{key}', v)
     if len(set(values)) < len(values): raise _bad(f'{path}: {name}.each.{key} names a value twice: {values}', 'each run of a grid is another one')
     return values
 
+def _listed(path, name, points):
+    "The points of a list, checked: the same parameters in each."
+    if not points or any(not isinstance(p, dict) or not p or set(p) != set(points[0]) for p in points): raise _bad(f'{path}: the points of {name}.each do not name the same parameters', 'write each: {seed: [0, 1]} for a grid, or points as each: [{lr: 0.1, batch_size: 64}, {lr: 0.2, batch_size: 128}]')
+    for p in points:
+        for key, v in p.items(): _check_value(path, f'{name}.each', v)
+    if len({_spell(p) for p in points}) < len(points): raise _bad(f'{path}: {name}.each names a point twice', 'each run is another one')
+    return points
+
 def _expand(path, name, entry, changed):
     "The runs of an entry, references unresolved."
-    given, axes = {k: v for k, v in entry.items() if k not in ('stage', 'each')}, entry.get('each') or {}
+    given, axes, points = {k: v for k, v in entry.items() if k not in ('stage', 'each')}, entry.get('each', {}), [{}]
+    if isinstance(axes, list): points, axes = _listed(path, name, axes), {}
     if not isinstance(axes, dict): raise _bad(f'{path}: {name}.each is {axes!r}', 'write each: {seed: [0, 1]}')
-    if both := sorted(set(axes) & set(given)): raise _bad(f'{path}: {name} has {both[0]} both as a parameter and in each', 'keep one')
+    if both := sorted({*axes, *points[0]} & set(given)): raise _bad(f'{path}: {name} has {both[0]} both as a parameter and in each', 'keep one')
     for key, value in changed.items():
+        if key.removeprefix('each.') in points[0]: raise _bad(f'{path}: {key} is given by the points of {name}.each', 'change them in the plan')
         if key.startswith('each.'): axes = {**axes, key[5:]: value}; given.pop(key[5:], None)
         elif key in axes: raise _bad(f'{path}: {key} is an axis of {name}', f'write --set {name}.each.{key}={value}')
         else: given[key] = value
     axes = {k: _axis(path, name, k, v) for k, v in axes.items()}
-    points = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+    points = [p | dict(zip(axes, values)) for p in points for values in itertools.product(*axes.values())]
     return [Step(name + (f'[{_spell(at)}]' if at else ''), entry['stage'], given | at, at) for at in points]
 
 def _spell(at): return ','.join(f'{k}={str(v).lower() if isinstance(v, bool) else v}' for k, v in at.items())

@@ -19,9 +19,9 @@ from .plan import needed, read_plan, run_plan
 from .stage import parameters, runs_root
 
 # %% auto #0
-__all__ = ['HIGHER', 'LOWER', 'NAMES', 'OF_ITS_VALUES', 'flat', 'axes_of', 'check_metric', 'points_of', 'choose', 'rivals',
-           'outcome', 'reliability', 'line', 'surface', 'heat', 'draw', 'Sweeps', 'best_of', 'Space', 'read_space',
-           'Study']
+__all__ = ['HIGHER', 'LOWER', 'NAMES', 'SAMPLERS', 'OF_ITS_VALUES', 'flat', 'axes_of', 'check_metric', 'points_of', 'choose',
+           'rivals', 'outcome', 'reliability', 'line', 'surface', 'heat', 'draw', 'Sweeps', 'best_of', 'Space',
+           'read_space', 'Study']
 
 # %% ../../nbs/runs/sweep.ipynb #c004
 def flat(settings:dict # of `compare.settings_of`
@@ -351,6 +351,7 @@ def _suggest(trial, s):
     return trial.suggest_int(s.name, int(s.low), int(s.high), log=s.log) if s.kind == 'int' else trial.suggest_float(s.name, s.low, s.high, log=s.log)
 
 # %% ../../nbs/runs/sweep.ipynb #c029
+SAMPLERS = {'tpe': 'TPESampler', 'random': 'RandomSampler'} # name -> of Optuna
 OF_ITS_VALUES = ('nan_loss', 'divergence', 'out_of_memory', 'timeout', 'kernel_died') # failures that a trial's values may be to blame for
 
 def _optuna():
@@ -368,13 +369,16 @@ class Study:
                  root=None,     # folder of runs
                  change:dict|None=None, # as for `read_plan`
                  seed:int=0,    # of the sampler
-                 jobs:int=0):   # processes of a trial, as for `run_plan`
+                 jobs:int=0,    # processes of a trial, as for `run_plan`
+                 sampler:str='tpe'): # of `SAMPLERS`
         check_metric(metric)
+        if sampler not in SAMPLERS: raise FerError('bad_parameter', f'sampler {sampler!r}', f'take one of {", ".join(SAMPLERS)}')
         self.optuna, self.plan, self.step, self.metric, self.root, self.change, self.seed, self.jobs = _optuna(), Path(plan), step, metric, Path(root or runs_root()), change or {}, seed, jobs
         steps = needed(read_plan(plan, change), [step])
         self.space = [read_space(text, step, steps) for text in space]
         if not self.space: raise FerError('bad_parameter', 'a study without a space', 'pass --space lr=log:1e-4:1e-2')
-        asked = [[s.name, s.stage, s.given] for s in steps], self.space, metric, seed
+        self.sampler = getattr(self.optuna.samplers, SAMPLERS[sampler])
+        asked = [[s.name, s.stage, s.given] for s in steps], self.space, metric, seed, *([sampler] if sampler != 'tpe' else []) # studies from before there was a choice go on
         self.folder = self.root/f'study-{step}-{sha256_bytes(json.dumps(asked, sort_keys=True).encode())[:6]}'
         self.folder.mkdir(parents=True, exist_ok=True)
         from optuna.storages.journal import JournalFileBackend
@@ -415,7 +419,7 @@ def _go_on(self, trials, show, tell):
         if t.params: self.study.enqueue_trial(t.params)
         self.study.tell(t.number, state=states.FAIL)
     while (n := len(self.finished())) < trials:
-        self.study.sampler = self.optuna.samplers.TPESampler(seed=self.seed + n)
+        self.study.sampler = self.sampler(seed=self.seed + n)
         trial = self.study.ask()
         values = {s.name: _suggest(trial, s) for s in self.space}
         state, value = self._try(trial, values, show)
