@@ -84,9 +84,18 @@ def test_the_code_is_that_of_the_moment(stages):
 
 @pytest.mark.parametrize('name,value', [('OMP_NUM_THREADS', '3'), ('CUDA_VISIBLE_DEVICES', '7'), ('PYTHONPATH', '/elsewhere'), ('SOMETHING_NEW', 'x')])
 def test_what_a_library_may_have_read_makes_another_kernel(stages, monkeypatch, name, value):
+    held = lambda parent=seen(stages, faces=2)['parent']: sorted(os.readlink(f'/proc/{parent}/fd/{n}') for n in os.listdir(f'/proc/{parent}/fd'))
+    before = held()
     monkeypatch.setenv(name, value)
     kernel = seen(stages, faces=1)
+    assert held() == before  # a pipe of who asked, kept open, would never end for who reads it
     assert kernel['parent'] == os.getpid() and value in kernel['env'][name].split(':')
+
+
+@pytest.mark.parametrize('cmd', [['/usr/bin/python3', '-m', 'ipykernel_launcher'], ['python3', '-m', 'ipykernel_launcher'], [sys.executable, '-m', 'xeus'], [sys.executable, '-O', '-m', 'ipykernel_launcher'], ['R', '--slave']])
+def test_another_interpreter_is_another_kernel(block, cmd):
+    from fer_core.runs.kernels import _fork
+    assert _fork([*cmd, '-f', 'connection.json'], os.environ, None) is None
 
 
 def test_a_killed_kernel_is_one_failed_run(stages):

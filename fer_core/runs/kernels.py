@@ -50,27 +50,28 @@ def _serve():
 
 def _answer(server, envs):
     "Fork for the next who asks; in the child, what was asked for."
-    conn = server.accept()[0]
+    conn, fds = server.accept()[0], []
     with contextlib.suppress(OSError, ValueError), conn: # who asks may be gone already
         conn.settimeout(10)
-        order, fds = _ask(conn)
-        if other := _other(order['env'], *envs): return conn.sendall(other.encode())
-        if not (pid := os.fork()):
+        order = _ask(conn, fds)
+        if other := _other(order['env'], *envs): conn.sendall(other.encode())
+        elif pid := os.fork():
+            kernel = os.pidfd_open(pid)
+            fds.append(kernel)
+            socket.send_fds(conn, [str(pid).encode()], [kernel])
+        else:
             server.close()
             return order, fds
-        for fd in fds: os.close(fd)
-        kernel = os.pidfd_open(pid)
-        socket.send_fds(conn, [str(pid).encode()], [kernel])
-        os.close(kernel)
+    for fd in fds: os.close(fd) # a pipe that stayed open here would never end for who reads it
 
-def _ask(conn):
-    "What is asked for, a line of JSON, and the descriptors that come with it: stdout, stderr, and the process that asks."
-    data, fds, _, _ = socket.recv_fds(conn, 1 << 16, 3)
+def _ask(conn, fds): # fds: list that takes the descriptors which come along: stdout, stderr, and the process that asks
+    "What is asked for, a line of JSON."
+    data, more, _, _ = socket.recv_fds(conn, 1 << 16, 3)
+    fds += more
     while not data.endswith(b'\n'):
-        more = conn.recv(1 << 16)
-        if not more: raise ValueError('cut off')
+        if not (more := conn.recv(1 << 16)): raise ValueError('cut off')
         data += more
-    return json.loads(data), fds
+    return json.loads(data)
 
 def _be_kernel(order, fds):
     "Run the kernel in this process."
@@ -112,11 +113,13 @@ class _Fork:
     def kill(self): self.send_signal(signal.SIGKILL)
     def terminate(self): self.send_signal(signal.SIGTERM)
 
+def _place(python): return os.path.dirname(os.path.abspath(python)), os.path.realpath(python) # every environment's python is a link to the same file
+
 def _fork(cmd, env, cwd)->_Fork|None: # None: it has to be started afresh
     "Ask for a kernel."
     where = os.environ.get('FER_CORE_KERNELS')
     python, *words = [w for w in cmd if w != '-Xfrozen_modules=off'] # which is for debuggers
-    if not where or not os.path.exists(where) or not os.path.samefile(python, sys.executable) or words[:2] != ['-m', 'ipykernel_launcher']: return None
+    if not where or not os.path.exists(where) or _place(python) != _place(sys.executable) or words[:2] != ['-m', 'ipykernel_launcher']: return None
     order = {'argv': words[1:], 'env': dict(env) | {'JPY_PARENT_PID': str(os.getpid())}, 'cwd': str(cwd or os.getcwd())}
     me = os.pidfd_open(os.getpid())
     try:
