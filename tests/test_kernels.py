@@ -168,6 +168,12 @@ def test_what_is_loaded_starts_no_thread_that_a_fork_would_miss():
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}).stdout.split() == ['1', 'False']
 
 
+def test_where_cuda_has_been_touched_there_are_no_forks(tmp_path):
+    code = "import sys, torch\nfrom fer_core.runs import kernels\nkernels._load = lambda: None\n{}\nkernels._serve()"
+    serve = lambda more: subprocess.run([sys.executable, '-c', code.format(more), str(tmp_path/str(len(more)))], stdin=subprocess.DEVNULL, timeout=60).returncode == 0 and (tmp_path/str(len(more))).exists()
+    assert serve('') and not serve('torch.cuda._is_in_bad_fork = lambda: True')
+
+
 def test_when_it_is_killed_kernels_start_as_ever(stages):
     parent = seen(stages, faces=1)['parent']
     os.kill(parent, signal.SIGKILL)

@@ -40,6 +40,7 @@ def _serve():
     "Load, then fork a kernel for everyone who asks, until the owner is gone."
     env = dict(os.environ)
     _load()
+    if _spoilt(): return
     gc.freeze() # no kernel looks through what was loaded here, which would copy it
     server = socket.socket(socket.AF_UNIX)
     server.bind(sys.argv[1])
@@ -47,6 +48,11 @@ def _serve():
     signal.signal(signal.SIGCHLD, signal.SIG_IGN) # nobody waits for them: who asked has a descriptor
     while 0 not in select.select([server, 0], [], [])[0]:
         if asked := _answer(server, [env, os.environ]): return _be_kernel(*asked)
+
+def _spoilt():
+    "Whether a fork of this process could not use the GPU: CUDA has been asked for something while libraries were loaded."
+    if not (pid := os.fork()): os._exit(bool(sys.modules['torch'].cuda._is_in_bad_fork()))
+    return os.waitpid(pid, 0)[1] != 0
 
 def _answer(server, envs):
     "Fork for the next who asks; in the child, what was asked for."
