@@ -11,7 +11,7 @@ import typer
 from .artifacts import FAILURES, FerError, failure_code
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Out', 'SOURCES', 'Jobs', 'report', 'data_app', 'Model', 'Detector', 'Progress', 'Board', 'run',
+__all__ = ['app', 'Json', 'Out', 'SOURCES', 'Jobs', 'report', 'data_app', 'Model', 'Detector', 'Progress', 'Bars', 'run',
            'quickstart', 'study', 'runs', 'diff', 'verify', 'release', 'gates', 'status', 'page', 'index', 'results',
            'reproduce', 'validate', 'hard', 'suspects', 'predict', 'demo', 'evaluate', 'bench', 'replay', 'main']
 
@@ -51,33 +51,39 @@ class Progress:
         if self.bar is not None: self.bar.close()
         self.bar = None
 
-    def ended(self, step): # plan step
+    def ended(self, *_): # as `Board` takes it
         "A step has ended."
         self.close()
 
-class Board(Progress):
-    "A bar for several steps under way at once."
-    def __init__(self): self.bar, self.count, self.under_way, self.said, self.lock = None, 0, {}, {}, threading.RLock()
+    lost = ended
+
+class Bars(Progress):
+    "A line for several steps under way at once."
+    def __init__(self, steps=()): # of `read_plan`
+        from fer_core.runs.board import Board
+        self.bar, self.board, self.said, self.lock = None, Board(steps), {}, threading.RLock()
 
     def show(self, i:int, n:int, step, done:float, total:float, text:str): # as of `Progress`
         "Redraw; called by the thread of any step."
         from tqdm import tqdm
         with self.lock:
-            share = min(1., done/max(total, 1e-9))
-            self.under_way[step.name] = share, text
+            self.board.show(i, n, step, done, total, text)
+            under_way = {name: r for name, r in self.board.rows.items() if r['state'] == 'under way'}
             if sys.stderr.isatty():
                 if self.bar is None: self.bar = tqdm(total=n, bar_format='{desc}|{bar:20}| {elapsed} {postfix}', leave=False)
-                self.bar.n = self.count + sum(s for s, _ in self.under_way.values())
-                self.bar.set_description_str(f'{self.count}/{n} ended', refresh=False); self.bar.set_postfix_str(' | '.join(f'{k} {100*s:.0f} % {t}' for k, (s, t) in self.under_way.items()))
+                self.bar.n = self.board.count()['ended'] + sum(r['share'] for r in under_way.values())
+                self.bar.set_description_str(self.board.line(), refresh=False); self.bar.set_postfix_str(' | '.join(f'{k} {100*r["share"]:.0f} % {r["doing"]}' for k, r in under_way.items()))
             elif time.monotonic() - self.said.get(step.name, 0) > 30:
                 self.said[step.name] = time.monotonic()
-                print(f'[{i}/{n}] {step.name} {100*share:.0f} % {text}', file=sys.stderr, flush=True)
+                print(f'[{i}/{n}] {step.name} {100*done/max(total, 1e-9):.0f} % {text}; {self.board.line()}', file=sys.stderr, flush=True)
 
-    def ended(self, step): # plan step
+    def ended(self, *what): # as `Board` takes it
         "A step has ended."
-        with self.lock:
-            self.under_way.pop(step.name, None); self.count += 1
-            self.close()
+        with self.lock: self.board.ended(*what); self.close()
+
+    def lost(self, *what): # as `Board` takes it
+        "A step has failed."
+        with self.lock: self.board.lost(*what); self.close()
 
 # %% ../nbs/cli.ipynb #c007
 def _pairs(given:list[str])->dict: # ['a=1'] -> {'a': '1'}
@@ -157,14 +163,14 @@ def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as
     if data is None and plan is None and source != 'auto': raise FerError('bad_parameter', f'--source {source} without --data', 'give the folder of the dataset')
     if data is not None and not data.exists(): raise FerError('missing_file', f'{data} is not there', 'give the folder of the dataset, or leave --data out for procedural faces')
     if scheduler and jobs: raise FerError('bad_parameter', '--jobs beside --scheduler', 'its workers say how many steps run at a time')
-    bar, began = Board() if jobs or scheduler else Progress(), time.time()
     steps = read_plan(plan or plans_folder()/'quickstart.yaml', _plan_change(data, source, given))
     if only: steps = needed(steps, only)
+    bar, began = Bars(steps) if jobs or scheduler else Progress(), time.time()
     def tell(step, run, reused, seconds):
-        bar.ended(step)
+        bar.ended(step, run, reused, seconds)
         print(f'{step.name:24} {run.manifest.status:9} {"reused" if reused else f"{seconds:5.0f} s"}  {run.folder}', flush=True)
     def lost(step, error):
-        bar.ended(step)
+        bar.lost(step, error)
         print(f'{step.name:24} {"failed":9} {error.code}: {error.what}', flush=True)
     try:
         with _place(scheduler) as place: runs = run_plan(steps, out, fresh, bar.show, tell, jobs, lost, place, retries, timeout)
@@ -191,7 +197,7 @@ def study(plan:Annotated[Path, typer.Option(help='plan with the step')],
           seed:Annotated[int, typer.Option(help='of the sampler')] = 0, as_json:Json = False):
     "Search a plan step's parameters with Optuna, by a validation metric; the same command goes on where it stopped."
     from fer_core.runs.sweep import Study
-    search, bar = Study(plan, step, space, metric, out, _plan_change(data, source, given), seed, jobs, sampler), Board() if jobs else Progress()
+    search, bar = Study(plan, step, space, metric, out, _plan_change(data, source, given), seed, jobs, sampler), Bars() if jobs else Progress()
     def tell(number, values, state, value):
         bar.close()
         if not as_json: print(f'trial {number:3} {state:8} {value if isinstance(value, str) else f"{value:.4f}":10} ' + ' '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in values.items()), flush=True)
