@@ -168,14 +168,15 @@ _own = {'where': None, 'process': None, 'lock': threading.Lock()}
 def warm():
     "Within this block, kernels of this process and of its children are forks of one process; it starts when the first is asked for."
     if 'FER_CORE_KERNELS' in os.environ or not sys.platform.startswith('linux'): yield; return # there is one, or there can be none
-    folder = tempfile.mkdtemp(prefix='fer_')
-    os.environ['FER_CORE_KERNELS'] = _own['where'] = str(Path(folder)/'kernels')
+    folder, outer = tempfile.mkdtemp(prefix='fer_'), (_own['where'], _own['process'])
+    where = os.environ['FER_CORE_KERNELS'] = str(Path(folder)/'kernels')
+    _own.update(where=where, process=None)
     try: yield
     finally:
-        del os.environ['FER_CORE_KERNELS']
+        os.environ.pop('FER_CORE_KERNELS', None)
         with _own['lock']:
             if p := _own['process']: p.kill(); p.wait(); p.stdin.close()
-            _own.update(where=None, process=None)
+            _own.update(where=outer[0], process=outer[1]) # of a block whose variable was taken away for a while
         shutil.rmtree(folder, ignore_errors=True)
 
 def start_warm(**env # further variables of the kernels' environment
