@@ -12,7 +12,7 @@ import pytest  # noqa: E402
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
-SLOW = 'pipeline loop runs sweep cluster distill kernels live session prune selfsup release embedding compress ensemble mixing data'.split()  # longest first: none is left over for one worker at the end
+SLOW = 'pipeline loop runs sweep cluster distill kernels live sources session prune selfsup release embedding compress ensemble mixing data'.split()  # longest first: none is left over for one worker at the end
 
 
 def pytest_collection_modifyitems(items):
