@@ -45,7 +45,7 @@ lint: $(READY) ## ruff, for real errors only
 lab: $(READY) ## JupyterLab on the project's kernel
 	@$(RUN) jupyter lab --notebook-dir=. --MultiKernelManager.default_kernel_name=fer_core $(ARGS)
 
-docs: $(READY) ## every notebook as HTML in _docs/ (no Quarto needed)
+docs: $(READY) ## the documentation site in _docs/: lessons, reference, search (no Quarto needed)
 	@$(RUN) python tools/docs.py
 
 readme: $(READY) ## README.md from nbs/index.ipynb

@@ -1,5 +1,5 @@
 "The whole path with tiny models: every stage notebook by papermill, the report, the released student, resumption."
-import json, subprocess, sys
+import json, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 
@@ -42,6 +42,24 @@ def test_the_report_is_self_contained_and_carries_its_figures(path):
     page = next((home/'reports').glob('*/thesis.html')).read_text()
     for part in ('Results', 'Gates', 'Per class', 'Confidence', 'latency', 'data:image/png', 'held-out'): assert part in page, part
     assert 'src="http' not in page and page.count('data:image/png') >= 8
+
+
+def test_the_report_comes_as_files(path):
+    folder = run_of(path[0], 'thesis')[0]
+    tex = (folder/'appendix.tex').read_text()
+    drawn, tabled = re.findall(r'\\label\{fig:(.+?)\}', tex), re.findall(r'\\label\{tab:(.+?)\}', tex)
+    assert len(drawn) >= 8 and len(tabled) >= 12
+    assert {p.name for p in (folder/'figures').iterdir()} == {f'{n}.{k}' for n in drawn for k in ('pdf', 'svg')} and {p.name for p in (folder/'tables').iterdir()} == {f'{n}.{k}' for n in tabled for k in ('csv', 'tex')}
+    rows = json.loads((folder/'results.json').read_text())
+    assert len((folder/'tables'/'results.csv').read_text().splitlines()) > len(run_of(path[0], 'student')) and rows
+
+
+@pytest.mark.skipif(not shutil.which('pdflatex'), reason='pdflatex is not installed')
+def test_a_thesis_reads_the_files_in(path, tmp_path):
+    folder = run_of(path[0], 'thesis')[0]
+    (tmp_path/'t.tex').write_text('\\documentclass{article}\\usepackage{graphicx,booktabs,array}\\newcommand{\\ferrun}{' + str(folder.resolve()) + '}\\begin{document}\\input{\\ferrun/appendix}\\end{document}')
+    done = subprocess.run(['pdflatex', '-interaction=nonstopmode', '-halt-on-error', 't.tex'], cwd=tmp_path, capture_output=True, text=True, errors='replace', timeout=120)
+    assert done.returncode == 0 and 'too large' not in done.stdout, done.stdout[-3000:]
 
 
 def test_every_run_verifies(path):

@@ -15,7 +15,8 @@ __all__ = ['LIBRARIES', 'kernel_environment', 'use_warm', 'warm', 'start_warm']
 # %% ../../nbs/runs/kernels.ipynb #c004
 LIBRARIES = ('ipykernel.kernelapp', 'ipykernel.ipkernel', 'IPython.core.completer', 'matplotlib.pyplot', 'pandas', 'scipy.stats', 'scipy.optimize', 'sklearn.metrics',
              'torch', 'torchvision', 'timm', 'lightning_fabric', 'torchmetrics', 'cv2', 'onnx', 'pydantic', 'yaml')
-_FREE = ('FER_CORE_', 'JPY_', 'PYTEST_') # beginnings of names, and names, that no library asks for while it is loaded
+# Variables that no library asks for while it is loaded: those that begin so, and those.
+_FREE = ('FER_CORE_', 'JPY_', 'PYTEST_')
 _SHELL = {'_', 'PWD', 'OLDPWD', 'SHLVL', 'COLUMNS', 'LINES'}
 
 def kernel_environment()->dict[str, str]:

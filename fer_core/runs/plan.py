@@ -84,18 +84,18 @@ def _axis(path, name, key, values):
     if len(set(values)) < len(values): raise _bad(f'{path}: {name}.each.{key} names a value twice: {values}', 'each run of a grid is another one')
     return values
 
-def _listed(path, name, points):
+def _points(path, name, points):
     "The points of a list, checked: the same parameters in each."
     if not points or any(not isinstance(p, dict) or not p or set(p) != set(points[0]) for p in points): raise _bad(f'{path}: the points of {name}.each do not name the same parameters', 'write each: {seed: [0, 1]} for a grid, or points as each: [{lr: 0.1, batch_size: 64}, {lr: 0.2, batch_size: 128}]')
     for p in points:
-        for key, v in p.items(): _check_value(path, f'{name}.each', v)
+        for key, v in p.items(): _check_value(path, f'{name}.each.{key}', v)
     if len({_spell(p) for p in points}) < len(points): raise _bad(f'{path}: {name}.each names a point twice', 'each run is another one')
     return points
 
 def _expand(path, name, entry, changed):
     "The runs of an entry, references unresolved."
     given, axes, points = {k: v for k, v in entry.items() if k not in ('stage', 'each')}, entry.get('each', {}), [{}]
-    if isinstance(axes, list): points, axes = _listed(path, name, axes), {}
+    if isinstance(axes, list): points, axes = _points(path, name, axes), {}
     if not isinstance(axes, dict): raise _bad(f'{path}: {name}.each is {axes!r}', 'write each: {seed: [0, 1]}')
     if both := sorted({*axes, *points[0]} & set(given)): raise _bad(f'{path}: {name} has {both[0]} both as a parameter and in each', 'keep one')
     for key, value in changed.items():

@@ -282,10 +282,11 @@ def shown(self)->pd.DataFrame: # for people
     return self.table().drop(columns=['runs', *[f'{s}_{e}' for s in ('val', 'test') for e in ('low', 'high')]]).dropna(axis=1, how='all').round(4).astype(object).where(lambda t: t.notna(), '')
 
 @patch_to(Sweeps)
-def show(self):
+def show(self,
+         keep=lambda fig, *_: fig): # takes a figure, a name and a caption, as an `Appendix` does; the figure
     "Display the figure of every sweep."
     from IPython.display import display
-    for g in self.grids: display(draw(g))
+    for i, g in enumerate(self.grids, 1): display(keep(draw(g), f'sweep-{i}', f'{g["name"]}: {g["metric"]}, chosen on validation.'))
 
 # %% ../../nbs/runs/sweep.ipynb #c021
 @patch_to(Sweeps)
