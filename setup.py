@@ -14,7 +14,7 @@ setup(
     long_description=(ROOT/'README.md').read_text(encoding='utf-8') if (ROOT/'README.md').exists() else '', long_description_content_type='text/markdown',
     python_requires=f">={s['min_python']}",
     install_requires=requirements(s),
-    extras_require={'dev': s['dev_requirements'].split(), 'study': s['study_requirements'].split(), 'sign': s['sign_requirements'].split(), 'cluster': s['cluster_requirements'].split()},
+    extras_require={'dev': s['dev_requirements'].split(), 'study': s['study_requirements'].split(), 'sign': s['sign_requirements'].split(), 'cluster': s['cluster_requirements'].split(), 'mlflow': s['mlflow_requirements'].split()},
     entry_points={'console_scripts': s['console_scripts'].split()},
     packages=find_packages(include=['fer_core', 'fer_core.*']),
     package_data={'fer_core': ['release/*', 'rules/*', 'live/*.html']},

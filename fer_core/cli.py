@@ -214,7 +214,8 @@ def runs(out:Out = None,
          where:Annotated[Optional[list[str]], typer.Option(help="condition, e.g. stage=teacher, lr>=0.002, cpu~epyc; repeatable, all must hold")] = None,
          sort:Annotated[str, typer.Option(help='column to sort by, e.g. macro_f1; -macro_f1 for the best first')] = '',
          show:Annotated[str, typer.Option(help='columns, with commas: parameters.lr or just lr')] = '',
-         csv:Annotated[Optional[Path], typer.Option(help='write the table, with everything the manifests say unless --show')] = None, as_json:Json = False):
+         csv:Annotated[Optional[Path], typer.Option(help='write the table, with everything the manifests say unless --show')] = None,
+         mlflow:Annotated[str, typer.Option(help='send them to this MLflow server, http://HOST:5000, or file, sqlite:///FILE', metavar='URI')] = '', as_json:Json = False):
     "All runs with their status, failure code and test figures; picked, sorted, exported."
     from fer_core.artifacts import atomic_path
     from fer_core.runs.browse import all_runs, pick
@@ -224,6 +225,11 @@ def runs(out:Out = None,
     found = pick(all_runs(root, usual), where or (), sort, [c for c in show.split(',') if c])
     if csv:
         with atomic_path(csv) as tmp: found.to_csv(tmp, index=False)
+    if mlflow:
+        from fer_core.runs.tracking import track
+        bar, tell = _counting('sending')
+        with bar: sent = track([Path(root)/n for n in found.loc[found['status'] != 'unreadable', 'run']], mlflow, progress=tell)
+        print(f'{mlflow}: {sent["new"]} runs sent, {sent["changed"]} sent again, {sent["there"]} were there', file=sys.stderr)
     _print((found if show else found[list(usual)]).convert_dtypes(), as_json)
 
 @app.command()

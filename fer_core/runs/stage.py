@@ -9,6 +9,7 @@ from pathlib import Path
 from ..artifacts import FAILURES, FerError, Run, failure_code, git_state, new_run_folder, read_json, sha256_bytes, sha256_file, utc_now, write_hashes
 from ..compat import mend_nbformat
 from .kernels import kernel_environment, use_warm
+from .tracking import track_ended
 
 # %% auto #0
 __all__ = ['STAGES', 'LATER', 'stage_notebook', 'parameters', 'resolve', 'fingerprint', 'find_run', 'same_weights', 'runs_root',
@@ -190,13 +191,15 @@ def run_stage(stage:str,       # stage name
             raise FerError(code, f'{stage} ({run.folder}) was stopped when it had ended: it stays {run.manifest.status}') from e
         if stopped: what = f'stopped at {_quiet(run.path("progress.json")).get("text") or "its start"}'
         run.fail(code=code, what=what)
+        track_ended(run)
         what = what.removesuffix(f': {FAILURES[code].mend}')
         raise FerError(code, f'{stage} ({run.folder}) {what}') from e
     finally:
         stop.set()
         if watcher: watcher.join()
     write_hashes(run.folder)  # again: the executed notebook is whole only now
-    return Run(run.folder)
+    track_ended(run := Run(run.folder))
+    return run
 
 def _reopen(folder):
     "Take up an unfinished run; what it was doing is noted."
