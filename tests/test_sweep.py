@@ -189,7 +189,7 @@ def test_a_run_that_is_stopped_when_it_has_ended_stays_as_it_is(toys, tmp_path, 
 
 def test_a_hung_step_is_stopped_and_started_again(toys):
     plan = toy_plan(toys, 'hung', "data: {stage: curate}\na: {stage: teacher, data: '@data', hold: 300, each: {seed: [0]}}")
-    done = plan.go('--jobs', '1', '--timeout', '12', '--retries', '1')
+    done = plan.go('--jobs', '1', '--timeout', '6', '--retries', '1')
     assert done.returncode == FAILURES['timeout'].exit_code and done.stdout.count('timeout:') == 2 and done.stdout.count('it is started again') == 1, done.stderr
     assert len(list((plan.home/'runs').glob('*-teacher-*'))) == 1
     (plan.home/'common'/'mended').touch()

@@ -27,9 +27,9 @@ def _on_worker(plan, name, order, places, topic):
         if done < total and time.time() - last[0] < 1: return
         last[0] = time.time()
         worker.log_event(topic, [done, total, text])
-    def wanted(): # no longer, when the plan's process has died
+    def wanted(): # no longer, when the plan's process has died, or the scheduler and so this worker, which would wait 30 s for it
         task = worker.state.tasks.get(key)
-        return task is not None and task.state != 'cancelled'
+        return task is not None and task.state != 'cancelled' and worker.status.name in ('running', 'paused')
     def born(p):
         mine.append(p)
         if None in mine: interrupt([p])
