@@ -155,7 +155,7 @@ def traced(problems,       # of `validate` or `decode_rows`
         k = int(p.where.split()[1]) - 2 if re.match(r'row \d+ \(', p.where) else len(df)
         if k >= len(df) or row_name(df, k) != p.where: return p
         at, id = df['at'].iat[k], df['id'].iat[k]
-        return replace(p, where=at if id.endswith(f'/{at}') else f'{at} ({id})')
+        return replace(p, where=at if id.endswith(f'/{at}') else f'{at} ({id})', message=p.message.removeprefix(f'{at} is '))
     return [place(p) for p in problems]
 
 # %% ../../nbs/data/validate.ipynb #c014
