@@ -206,6 +206,12 @@ def calibrations(self)->pd.DataFrame:
     return pd.DataFrame(rows).T
 
 @patch_to(Pipeline)
+def classwise(self)->dict: # name -> {class: ECE of its own probability}
+    "Calibration error class by class: ensemble, student as it is and as its calibration stands."
+    found = {'ensemble': self.metrics['ensemble'], f'{self.name(self.student)}, raw': _test(self.calibration, 'test_raw'), f'{self.name(self.student)}, calibrated': self.metrics['student']}
+    return {name: m['classwise_ece_per_class'] for name, m in found.items()}
+
+@patch_to(Pipeline)
 def _probs(self, folder):
     z, y = read_logits(Path(folder)/'logits.npz', self.dataset['sha256'])
     if folder == self.student: return scores.softmax(self.scaling(z['test'])), y['test']
