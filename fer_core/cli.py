@@ -107,7 +107,7 @@ def run(stage:Annotated[str, typer.Argument(help='curate, pretrain, teacher, ens
     from fer_core.runs.plan import Step
     from fer_core.runs.stage import parameters, run_stage
     if not stage: raise FerError('bad_parameter', 'no stage is named', 'stages: curate, pretrain, teacher, ensemble, student, calibrate, shift, compress, benchmark, compare, sweep, errors, thesis; e.g. fer run teacher --params')
-    if params: return _print([{'parameter': n, **k, 'default': repr(k['default'])} for n, k in parameters(stage).items()], as_json)
+    if params: return print(json.dumps(parameters(stage), indent=2) if as_json else '\n'.join(f'{n:18} {k["type"]:5} {k["default"]!r:12} {k["help"]}' for n, k in parameters(stage).items()))
     bar = Progress()
     try: done = run_stage(stage, _pairs(p or ()), out, reuse, fresh, lambda d, t, text: bar.show(1, 1, Step(stage, stage, {}), d, t, text), timeout)
     finally: bar.close()

@@ -270,7 +270,7 @@ def test_the_stage_from_two_runs_to_a_page_without_faces(world):
     model.forward = model.embed
     e = predict_logits(model, Feeder(pack), rows)
     assert np.allclose([[told['embeddings']['between'][a][b] for b in CLASSES] for a in CLASSES], class_distances(e, y), atol=1e-5) and told['embeddings']['map']['faces'] == 60
-    assert all(run.path(f'figures/{n}.{k}').is_file() for n in ('confusion', 'confusion-delta', 'embeddings') for k in ('pdf', 'svg')) and 'fig:embeddings' in run.path('appendix.tex').read_text() and not list(run.folder.glob('*.npy'))
+    assert all(run.path(f'figures/{n}.{k}').is_file() for n in ('confusion', 'confusion-delta', 'embeddings') for k in ('pdf', 'svg')) and '-embeddings}' in run.path('appendix.tex').read_text() and not list(run.folder.glob('*.npy'))
     where = {(r['dataset'], r['model']): r for r in told['elsewhere']}
     assert set(where) == {(d, m) for d in ('home test', 'abroad') for m in ('student-0', 'teacher-0')}
     for folder in (world.student, world.teacher):

@@ -47,7 +47,7 @@ def test_the_report_is_self_contained_and_carries_its_figures(path):
 def test_the_report_comes_as_files(path):
     folder = run_of(path[0], 'thesis')[0]
     tex = (folder/'appendix.tex').read_text()
-    drawn, tabled = re.findall(r'\\label\{fig:(.+?)\}', tex), re.findall(r'\\label\{tab:(.+?)\}', tex)
+    drawn, tabled = re.findall(r'\\label\{fig:thesis-\w{6}-(.+?)\}', tex), re.findall(r'\\label\{tab:thesis-\w{6}-(.+?)\}', tex)
     assert len(drawn) >= 8 and len(tabled) >= 12
     assert {p.name for p in (folder/'figures').iterdir()} == {f'{n}.{k}' for n in drawn for k in ('pdf', 'svg')} and {p.name for p in (folder/'tables').iterdir()} == {f'{n}.{k}' for n in tabled for k in ('csv', 'tex')}
     rows = json.loads((folder/'results.json').read_text())

@@ -29,9 +29,9 @@ def _given(n_classes):
     return Given().fit(None, None)
 
 def _least(score, coverage):
-    "Validation faces that a promise needs; raps keeps a fifth of them for its price, and needs a promise of half the doubt from these (found by trying)."
+    "Validation faces that a promise needs; raps keeps a part of them for its price, in which every class must have a face, and needs a promise of half the doubt from these (found by trying)."
     times = 1/(1 - coverage)
-    return int(times + 1e-9) + 1 if score != 'raps' else 10*int(np.ceil(times - 1e-9)) - 9
+    return int(times + 1e-9) + 1 if score != 'raps' else max(10*len(CLASSES), 10*int(np.ceil(times - 1e-9)) - 9)
 
 def prediction_sets(fit_probs, # (n, C) probabilities of validation
                     labels,    # (n,) class ids

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from ..artifacts import FerError
 from .metrics import predictions_of
-from .rules import read_rules
+from .rules import MEASURED_BY, read_rules
 from ..labels import CLASSES
 
 # %% auto #0
@@ -68,10 +68,11 @@ def gate_table(verdicts:list[dict] # what `evaluate_gates` returned
               ):                   # DataFrame with a mark per rule
     "Verdicts as the table of a report."
     import pandas as pd
+    def who(v): return f' (measured by {by})' if v['reason'] == 'missing' and (by := MEASURED_BY.get(v['rule'].split('.')[0])) else ''
     def number(v): return '–' if v is None else f'{v:.4g}'
     def bound(v): return f'{"≥" if v["comparison"] == ">=" else "≤"} {number(v["threshold"])}' + (f' (aim {number(v["aim"])}{" ✓" if v["aim_met"] else ""})' if v['aim'] is not None else '')
     return pd.DataFrame([{'': '✓' if v['passed'] else '✗', 'gate': v['gate'], 'rule': v['rule'], 'measured': number(v['value']), 'required': bound(v),
-                          'meaning': v['says'], 'evidence': '; '.join(filter(None, ['' if v['reason'] == 'threshold not met' else v['reason'], v['evidence']])) or v['reason']} for v in verdicts])
+                          'meaning': v['says'], 'evidence': '; '.join(filter(None, ['' if v['reason'] == 'threshold not met' else v['reason'] + who(v), v['evidence']])) or v['reason']} for v in verdicts])
 
 # %% ../../nbs/evaluate/gates.ipynb #c013
 def require_comparable(a:dict, # metrics of `evaluate`

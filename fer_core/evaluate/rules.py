@@ -13,7 +13,7 @@ import fer_core
 from ..artifacts import FerError
 
 # %% auto #0
-__all__ = ['METRICS', 'RULES', 'read_rules']
+__all__ = ['METRICS', 'MEASURED_BY', 'RULES', 'read_rules']
 
 # %% ../../nbs/evaluate/rules.ipynb #c004
 _ECE = 'ECE, 15 equal-width bins, L1'
@@ -29,6 +29,8 @@ METRICS = {
     'replay.macro_f1_change': 'fraction', 'replay.flips_change': 'changes a minute', 'temporal.macro_f1_gain': 'fraction',
     'thesis.figures_missing': 'figures', 'release.verified': '1 or 0',
 }  # metric -> unit
+MEASURED_BY = {'teacher': 'the thesis report', 'ensemble': 'stage ensemble', 'kd': 'the thesis report', 'dkd': 'the thesis report', 'student': 'stage calibrate', 'prune': 'stage prune', 'int8': 'stage compress', 'latency': 'stage benchmark', 'parity': 'stage compress',
+               'repro': 'fer reproduce', 'reliability': 'stage sweep', 'replay': 'fer replay', 'temporal': 'fer replay'}  # beginning of a metric's name -> who measures it
 
 # %% ../../nbs/evaluate/rules.ipynb #c006
 class _Rule(BaseModel):

@@ -48,7 +48,7 @@ def tex_table(table:pd.DataFrame # table as a page shows it
 # %% ../../nbs/runs/appendix.ipynb #c006
 _FIGURE = r'''\begin{figure}[tbp]\centering
 \includegraphics[width=\ifdim#WIDTHin<\linewidth #WIDTHin\else\linewidth\fi]{\ferrun/figures/#NAME.pdf}
-\caption{#CAPTION}\label{fig:#NAME}
+\caption{#CAPTION}\label{fig:#RUN-#NAME}
 \end{figure}
 '''
 _TABLE = r'''\begin{table}[tbp]\centering\small
@@ -57,7 +57,7 @@ _TABLE = r'''\begin{table}[tbp]\centering\small
 \ifdim\wd\ferbox>\linewidth\sbox\ferbox{\resizebox{\linewidth}{!}{\usebox\ferbox}}\fi
 \ifdim\dimexpr\ht\ferbox+\dp\ferbox>.85\textheight\sbox\ferbox{\resizebox*{!}{.85\textheight}{\usebox\ferbox}}\fi
 \usebox\ferbox
-\caption{#CAPTION}\label{tab:#NAME}
+\caption{#CAPTION}\label{tab:#RUN-#NAME}
 \end{table}
 '''
 def _filled(template, **words):
@@ -82,18 +82,20 @@ class Appendix:
         "Write a figure or table and pass it on."
         if not re.fullmatch(r'[a-z0-9][a-z0-9-]*', name) or name in self.parts: raise FerError('bad_parameter', f'{name!r} is no name for a part of an appendix, or is taken', 'use small letters, digits and -, each name once')
         if isinstance(shown, Figure): self.parts[name] = self._figure(shown, name, caption)
-        elif isinstance(shown, pd.DataFrame): self.parts[name] = self._table(shown, name, caption)
+        elif isinstance(shown, pd.DataFrame) and len(shown): self.parts[name] = self._table(shown, name, caption)
         return shown
 
     def _figure(self, fig, name, caption):
         for kind in ('pdf', 'svg'): write_bytes(self._path('figures', f'{name}.{kind}'), _drawn(fig, kind))
-        return _filled(_FIGURE, WIDTH=f'{fig.get_figwidth():g}', NAME=name, CAPTION=tex_text(caption))
+        return _filled(_FIGURE, RUN=self._run(), WIDTH=f'{fig.get_figwidth():g}', NAME=name, CAPTION=tex_text(caption))
 
     def _table(self, table, name, caption):
         write_text(self._path('tables', f'{name}.csv'), table.to_csv())
-        write_text(self._path('tables', f'{name}.tex'), tex_table(table))
+        write_text(self._path('tables', f'{name}.tex'), tex_table(table.loc[:, [not all(map(_empty, v)) for _, v in table.items()]]))
         m = self.run.manifest
-        return _filled(_TABLE, NAME=name, CAPTION=tex_text(f'{caption} Run {m.experiment_id}' + (f', dataset {sha[:12]}.' if (sha := m.dataset.get('sha256')) else '.')))
+        return _filled(_TABLE, RUN=self._run(), NAME=name, CAPTION=tex_text(f'{caption} Run {m.experiment_id}' + (f', dataset {sha[:12]}.' if (sha := m.dataset.get('sha256')) else '.')))
+
+    def _run(self): return self.run.manifest.experiment_id.split('-', 3)[-1] # without its date
 
     def _path(self, *parts):
         path = self.run.folder.joinpath(*parts)

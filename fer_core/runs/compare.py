@@ -347,10 +347,18 @@ def results(self)->pd.DataFrame:
     return pd.DataFrame([{'model': r['model'], 'seeds': r['seeds'], 'n': r['n'], 'accuracy ± seeds': _pm(r, 'accuracy'), 'macro-F1 ± seeds': _pm(r, 'macro_f1'), 'macro-F1 over faces': f'{r["macro_f1_faces_low"]:.4f} to {r["macro_f1_faces_high"]:.4f}',
                           'UAR': f'{r["uar"]:.4f}', 'mirror averaged': r['mirror_averaged']} for r in self.rows()]).set_index('model')
 
+def _own_seed(j): # of the run itself, not of those it was made from
+    own = j.manifest.seeds.get('train', j.manifest.parameters.get('seed'))
+    return ' '.join(map(str, j.seeds)) if own is None else str(own)
+
+def _seed_names(group): # with the seeds of their parents where two have the same
+    own = [_own_seed(j) for j in group]
+    return own if len(set(own)) == len(own) else [' '.join(map(str, j.seeds)) for j in group]
+
 @patch_to(Comparison)
 def by_seed(self)->pd.DataFrame: # a row a model and seed, and one for each mean
     "Macro-F1 of every seed with its interval over faces, and of the mean over faces, over seeds and over both."
-    scores = {n: {' '.join(map(str, j.seeds)): j.test['macro_f1'] for j in g} for n, g in self.groups.items()}
+    scores = {n: dict(zip(_seed_names(g), (j.test['macro_f1'] for j in g))) for n, g in self.groups.items()}
     return _shown(seeds_table(scores, self.draws, seed=self.seed).rename_axis(['model', 'seed']).round(4))
 
 @patch_to(Comparison)
@@ -451,7 +459,7 @@ def members(self)->pd.DataFrame:
     "Every run of every row: seeds, figures, commit, hash of its hash manifest."
     def of(name, j):
         m, hashes = j.manifest, j.folder/HASHES
-        return {'model': name, 'run': j.folder.name + (f' {j.variant}' if j.variant else ''), 'seeds': ' '.join(map(str, j.seeds)), 'accuracy': round(j.test['accuracy'], 4), 'macro-F1': round(j.test['macro_f1'], 4), 'status': m.status,
+        return {'model': name, 'run': j.folder.name + (f' {j.variant}' if j.variant else ''), 'seed': _own_seed(j), 'with those of its parents': ' '.join(map(str, j.seeds)), 'accuracy': round(j.test['accuracy'], 4), 'macro-F1': round(j.test['macro_f1'], 4), 'status': m.status,
                 'commit': (m.git.get('commit') or 'none')[:10], 'clean': not m.git.get('dirty'), 'fingerprint': m.fingerprint, 'hashes sha256': sha256_file(hashes)[:16] if hashes.is_file() else 'missing'}
     return pd.DataFrame([of(n, j) for n, g in self.groups.items() for j in g]).set_index(['model', 'run'])
 

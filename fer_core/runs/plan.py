@@ -152,7 +152,9 @@ def read_plan(path, # YAML file
     changes = _changes(path, raw, change)
     for name, entry in raw.items():
         runs = [_refer(path, s, steps) for s in _expand(path, name, entry, changes[name])]
-        for s in runs: resolve(s.stage, s.given)
+        for s in runs:
+            try: resolve(s.stage, s.given)
+            except FerError as e: raise FerError(e.code, f'{path}: step {s.name}: {e.what}', e.mend) from None
         steps += runs
     return steps
 

@@ -13,6 +13,7 @@ from ..artifacts import FerError, Run, read_json
 __all__ = ['track', 'track_ended']
 
 # %% ../../nbs/runs/tracking.ipynb #c003
+_CALM = {'MLFLOW_DISABLE_TELEMETRY': 'true', 'MLFLOW_HTTP_REQUEST_MAX_RETRIES': '1', 'MLFLOW_HTTP_REQUEST_TIMEOUT': '20'} # as it comes it tells its makers what it is used for, and tries four minutes to reach a server
 _STATUS = {'accepted': 'FINISHED', 'rejected': 'FINISHED', 'failed': 'FAILED', 'running': 'RUNNING'}
 
 def _ms(time): return int(datetime.fromisoformat(time).timestamp()*1000) if time else None # of UTC in words
@@ -60,7 +61,7 @@ def track(folders,  # run folders
          progress=None # called with (done, total, text)
          )->dict[str, int]: # how many entries are new, were changed, or were there
     "Send runs to MLflow."
-    os.environ.setdefault('MLFLOW_DISABLE_TELEMETRY', 'true') # it tells its makers what it is used for
+    for k, v in _CALM.items(): os.environ.setdefault(k, v)
     try: from mlflow import MlflowClient
     except ImportError: raise FerError('bad_parameter', 'MLflow is not installed', "pip install 'fer_core[mlflow]'") from None
     for name in ('mlflow', 'alembic'): logging.getLogger(name).setLevel(logging.ERROR)
