@@ -307,9 +307,11 @@ def test_tables_say_what_was_promised_and_kept():
     (z, y), (z2, y2) = posterior(900), posterior(2000, 1)
     table, figures = sets_table(softmax(z), y, softmax(z2), y2)
     assert table.shape[0] == 9 and table.loc[('lac', .9), 'held'] == figures['lac 0.9']['coverage'] > .86
-    rare = np.concatenate([np.flatnonzero(y != 1)[:44], np.flatnonzero(y == 1)[:1]])
+    rare = np.concatenate([np.flatnonzero(y != 1)[:89], np.flatnonzero(y == 1)[:1]])
     few, _ = sets_table(softmax(z[rare]), y[rare], softmax(z2), y2)
-    assert {*few.index} == {('lac', .8), ('aps', .8)}
+    assert {*few.index} == {(s, c) for s in ('lac', 'aps') for c in (.8, .9)} # raps parts every class
+    sixty = np.concatenate([np.flatnonzero(y == k)[:9] for k in range(7)])[:60]
+    assert {*sets_table(softmax(z[sixty]), y[sixty], softmax(z2), y2)[0].index} == {(s, c) for s in ('lac', 'aps') for c in (.8, .9)} # and each must have a face in a tenth of them
     with pytest.raises(FerError, match='only 1'): prediction_sets(softmax(z[rare]), y[rare], softmax(z2), .8, 'raps')
     none = np.flatnonzero(y != 1)[:100]
     assert set_figures(prediction_sets(softmax(z[none]), y[none], softmax(z2), .8, 'aps'), y2)['per_class']['disgust']['n'] > 20 # a class that validation never showed

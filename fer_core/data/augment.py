@@ -73,7 +73,7 @@ class Mix:
 
     def __post_init__(self):
         for name, alpha in (('mixup', self.mixup), ('cutmix', self.cutmix)):
-            if not (math.isfinite(alpha) and alpha >= 0): raise FerError('bad_parameter', f'{name}={alpha} is no α of a Beta distribution', 'give a positive number, e.g. mixup=0.2 or cutmix=1.0; 0 = off')
+            if not (math.isfinite(alpha) and (alpha == 0 or alpha >= .001)): raise FerError('bad_parameter', f'{name}={alpha} is no α of a Beta distribution that can be drawn from', 'give 0.001 or more, e.g. mixup=0.2 or cutmix=1.0; 0 = off')
         if max(self.mixup, self.cutmix) == 0: raise FerError('bad_parameter', f'{self} mixes nothing', 'give a positive α to mixup, cutmix or both; or no Mix at all')
 
 def make_mix(mixup:float, # α of MixUp, 0 = off
