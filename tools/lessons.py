@@ -36,7 +36,7 @@ def forked_kernels():
     "Kernels that lessons start are forks too; fer_core, which lessons load themselves, is forgotten here."
     from fer_core.runs.kernels import start_warm, warm
     with warm():
-        start_warm()
+        start_warm(IN_TEST='1', OMP_NUM_THREADS='1')  # as lessons have it, by nbdev_test and `preload`
         for name in [n for n in sys.modules if n.partition('.')[0] == 'fer_core']: del sys.modules[name]
         yield
 
