@@ -28,10 +28,15 @@ def _empty(v): return v is None or v is pd.NA or v is pd.NaT or v == '' or isins
 
 _LONG = 28 # letters that a column of text may have before its lines are broken, where its words can be
 
-def _texts(values): # of a column; as text, with as many decimals as the longest number needs, four at most, and LaTeX's letter for such a column
+def _side(texts): # of a column of text; LaTeX's letter for it
+    words = [w for t in texts for w in re.split('[ -]', t)]
+    return 'l' if max(map(len, texts), default=0) <= _LONG or max(map(len, words)) > _LONG else r'>{\raggedright\arraybackslash}p{.24\linewidth}'
+
+def _texts(values): # of a column; as text, with as many decimals as the longest number needs, four at most, and LaTeX's letter for it
     here = [v for v in values if not _empty(v)]
     if not here or any(not isinstance(v, Number) or isinstance(v, bool) for v in here):
-        return ['' if _empty(v) else str(v) for v in values], 'l' if all(len(str(v)) <= _LONG for v in here) or any(len(w) > _LONG for v in here for w in re.split('[ -]', str(v))) else r'>{\raggedright\arraybackslash}p{.24\linewidth}'
+        texts = ['' if _empty(v) else str(v) for v in values]
+        return texts, _side(texts)
     d = next(d for d in range(5) if d == 4 or all(abs(round(v, d) - round(v, 4)) < 1e-9 for v in here))
     return ['' if _empty(v) else f'{v:.{d}f}' for v in values], 'r'
 
@@ -40,7 +45,9 @@ def tex_table(table:pd.DataFrame # table as a page shows it
     "A table in LaTeX with booktabs' rules; an index that only counts is left out."
     counts = isinstance(table.index, pd.RangeIndex) and not table.index.name
     columns = [] if counts else [(n, table.index.get_level_values(i)) for i, n in enumerate(table.index.names)]
-    heads, values = zip(*columns, *table.items())
+    columns += table.items()
+    if not columns: return ''
+    heads, values = zip(*columns)
     texts, sides = zip(*(_texts(v.tolist()) for v in values))
     names = [tex_text('' if h is None else str(h)) for h in heads]
     return _signs(pd.DataFrame(dict(enumerate(texts))).to_latex(index=False, escape=True, header=names, column_format=''.join(sides)))

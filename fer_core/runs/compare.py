@@ -459,7 +459,7 @@ def members(self)->pd.DataFrame:
     "Every run of every row: seeds, figures, commit, hash of its hash manifest."
     def of(name, j):
         m, hashes = j.manifest, j.folder/HASHES
-        return {'model': name, 'run': j.folder.name + (f' {j.variant}' if j.variant else ''), 'seed': _own_seed(j), 'with those of its parents': ' '.join(map(str, j.seeds)), 'accuracy': round(j.test['accuracy'], 4), 'macro-F1': round(j.test['macro_f1'], 4), 'status': m.status,
+        return {'model': name, 'run': j.folder.name + (f' {j.variant}' if j.variant else ''), 'seed': _own_seed(j), 'all seeds': ' '.join(map(str, j.seeds)), 'accuracy': round(j.test['accuracy'], 4), 'macro-F1': round(j.test['macro_f1'], 4), 'status': m.status,
                 'commit': (m.git.get('commit') or 'none')[:10], 'clean': not m.git.get('dirty'), 'fingerprint': m.fingerprint, 'hashes sha256': sha256_file(hashes)[:16] if hashes.is_file() else 'missing'}
     return pd.DataFrame([of(n, j) for n, g in self.groups.items() for j in g]).set_index(['model', 'run'])
 

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 import pandas as pd
 from ..artifacts import FerError, Run, read_json, sha256_file
+from .report import runs_table
 from .stage import STAGES, stage_notebook
 
 def _manifests(folders): return [(Path(f), Run(f).manifest) for f in folders]
@@ -67,7 +68,6 @@ def _end(table_row): # of `runs_table`
 def failures(root # folder of runs
             )->pd.DataFrame: # a row an outcome: runs, share, stages, minutes lost; then what was resumed
     "The failure taxonomy of a folder of runs."
-    from fer_core.runs.report import runs_table
     table = runs_table(root)
     if not len(table): raise FerError('missing_file', f'{root} holds no runs', 'give the folder in which run folders lie')
     table['end'] = [_end(r) for r in table.to_dict('records')]

@@ -58,7 +58,7 @@ def _send(client, experiment, run): # -> 'new', 'changed' or 'there'
 def track(folders,  # run folders
           uri:str,  # of a tracking server, or sqlite:///FILE
           experiment:str='fer_core', # MLflow experiment, made if it is not there
-         progress=None # called with (done, total, text)
+          progress=None # called with (done, total, text)
          )->dict[str, int]: # how many entries are new, were changed, or were there
     "Send runs to MLflow."
     for k, v in _CALM.items(): os.environ.setdefault(k, v)
@@ -74,7 +74,7 @@ def track(folders,  # run folders
             if progress: progress(i, len(folders), Path(f).name)
             done[_send(client, home, Run(f))] += 1
     except FerError: raise
-    except Exception as e: raise FerError('bad_parameter', f'MLflow at {uri}: {str(e).splitlines()[0][:140]}', 'check the address, e.g. sqlite:///mlflow.db or http://HOST:5000; what was sent is kept, the rest is sent by the same command') from e
+    except Exception as e: raise FerError('bad_parameter', f'MLflow at {uri}: {(str(e) or type(e).__name__).splitlines()[0][:140]}', 'check the address, e.g. sqlite:///mlflow.db or http://HOST:5000; what was sent is kept, the rest is sent by the same command') from e
     return done
 
 def track_ended(run:Run): # that has just ended
