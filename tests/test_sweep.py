@@ -172,6 +172,18 @@ def test_a_part_of_a_plan_brings_what_it_stands_on(root, tmp_path):
     with pytest.raises(FerError, match="no step 'fokal'"): needed(steps, ['fokal'])
 
 
+@pytest.mark.parametrize('line, what, mend', [
+    ('student: {stage: student, data: x, phase: dk}', "step student: parameter phase='dk' is none of", "did you mean 'dkd'"),
+    ('two: {stage: teacher, data: x, each: {sampler: [none, balance]}}', "sampler='balance' is none of", "'balanced'"),
+    ('wide: {stage: teacher, data: x, backbone: resnet1888}', "step wide: timm knows no backbone 'resnet1888'", 'list_models')])
+def test_a_value_that_there_is_not_is_refused_before_the_first_step_runs(tmp_path, line, what, mend):
+    from fer_core.runs.plan import run_plan
+    plan, runs = tmp_path/'plan.yaml', tmp_path/'runs'
+    plan.write_text(f'data: {{stage: curate}}\n{line}\n')
+    with pytest.raises(FerError) as e: run_plan(read_plan(plan), runs)
+    assert e.value.code == 'bad_parameter' and what in str(e.value) and mend in str(e.value) and not runs.exists()
+
+
 def test_a_run_that_is_stopped_when_it_has_ended_stays_as_it_is(toys, tmp_path, monkeypatch):
     from fer_core.runs import stage
     def last_moment(name, run, given, timeout):

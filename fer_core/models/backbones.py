@@ -18,6 +18,7 @@ from ..artifacts import FerError, atomic_path, read_json, sha256_file, write_jso
 from ..data.preprocess import Preprocess
 from ..labels import CLASSES, N_CLASSES
 from .cbam import add_cbam
+from .exported import read_onnx, solve_positions
 from .heads import make_head
 import fer_core.models.resemotenet # noqa: F401 (timm knows its four names from here on)
 
@@ -227,11 +228,12 @@ def with_projector(model:Classifier, # a classifier
     return new.train(model.training)
 
 # %% ../../nbs/models/backbones.ipynb #c021
-def read_weights(path # .safetensors, .pth or .pt file holding a state dict
+def read_weights(path # .safetensors, .pth or .pt file holding a state dict, or .onnx
                 )->dict[str, torch.Tensor]: # name -> tensor
     "A state dict from a file, without running any code of it."
     path = Path(path)
     if not path.is_file(): raise FerError('missing_checkpoint', f'{path} is not there', 'check the path of the pretrained weights')
+    if path.suffix == '.onnx': return read_onnx(path)
     try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise FerError('corrupt_artifact', f'{path} is no readable state dict ({str(e).splitlines()[0][:120]})', 'download it again') from None
     return state.get('state_dict', state)
@@ -262,7 +264,8 @@ def load_pretrained(net:nn.Module, # backbone
     ours, state = net.state_dict(), {}
     plain = {k: v for k, v in ours.items() if not k.startswith('cbam.')} # files from elsewhere know no attention
     theirs = {k.removeprefix('module.').removeprefix('backbone.'): v for k, v in match_names(plain, read_weights(path)).items()}
-    theirs, resized = _by_timm(net, theirs, path)
+    theirs, resized = _by_timm(net, theirs | solve_positions(net, theirs), path)
+    theirs = {k: v for k, v in theirs.items() if not k.startswith('/')} # constants of an exported graph
     for k, v in theirs.items():
         if k not in ours: continue
         if _to_grey(v, ours[k].shape).shape == ours[k].shape: state[k] = _to_grey(v, ours[k].shape)

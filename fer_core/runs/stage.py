@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/stage.ipynb #c002
 from __future__ import annotations
-import ast, difflib, json, os, threading
+import ast, difflib, json, os, re, threading
 from pathlib import Path
 from ..artifacts import FAILURES, FerError, Run, failure_code, git_state, new_run_folder, read_json, sha256_bytes, sha256_file, utc_now, write_hashes
 from ..compat import mend_nbformat
@@ -32,7 +32,7 @@ def stage_notebook(stage:str # stage name
 _TYPES = {'int': int, 'float': float, 'str': str, 'bool': bool, 'list': list}
 
 def parameters(stage:str # stage name
-              )->dict[str, dict]: # name -> {type, default, help}
+              )->dict[str, dict]: # name -> {type, default, help, choices}
     "The typed parameters of a stage, read from its notebook."
     cells = read_json(stage_notebook(stage))['cells']
     source = next((''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', ())), None)
@@ -41,7 +41,8 @@ def parameters(stage:str # stage name
     for node in ast.parse(source).body:
         if not isinstance(node, ast.AnnAssign): continue
         comment = lines[node.end_lineno - 1][node.end_col_offset:].partition('#')[2].strip()
-        found[node.target.id] = {'type': node.annotation.id, 'default': ast.literal_eval(node.value), 'help': comment}
+        choices = re.findall(r"'([\w-]*)'", comment.partition('one of ')[2])
+        found[node.target.id] = {'type': node.annotation.id, 'default': ast.literal_eval(node.value), 'help': comment, 'choices': choices}
     return found
 
 def _listed(text):
@@ -63,16 +64,23 @@ def _read_value(name, text, kind):
     return value
 
 # %% ../../nbs/runs/stage.ipynb #c006
+def _check_choice(name, value, choices):
+    if not choices or value in choices: return
+    near = difflib.get_close_matches(value, choices, 1)
+    raise FerError('bad_parameter', f'parameter {name}={value!r} is none of {", ".join(map(repr, choices))}', f'did you mean {near[0]!r}?' if near else 'pass one of them')
+
 def resolve(stage:str, # stage name
             given:dict # name -> value, as text or typed
            )->dict:    # all parameters, typed
-    "Defaults overridden by given values; an unknown or ill-typed one is an error."
+    "Defaults overridden by given values; an unknown or ill-typed one is an error, and so is a value that there is not."
     known = parameters(stage)
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise FerError('bad_parameter', f'stage {stage} has no parameter {name!r}', f'did you mean {near[0]!r}?' if near else f'it has: {", ".join(known)}')
-    return {n: _read_value(n, given[n], k['type']) if n in given else k['default'] for n, k in known.items()}
+    out = {n: _read_value(n, given[n], k['type']) if n in given else k['default'] for n, k in known.items()}
+    for n in given: _check_choice(n, out[n], known[n]['choices'])
+    return out
 
 # %% ../../nbs/runs/stage.ipynb #c011
 def _essence(value):

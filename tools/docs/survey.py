@@ -10,7 +10,7 @@ ORDER = ['', 'tutorials', 'faces', 'data', 'models', 'evaluate', 'train', 'teach
 FIRST = {folder: names if isinstance(names, tuple) else names.split() for folder, names in {  # a chapter's pages as they are best read; those not named follow, each after what it imports
     '': 'index findings ethics labels artifacts compat cli review_labels', 'tutorials': 'live dataset student gate', 'faces': 'detect align', 'stages': STAGES,
     'data': 'images adapter folders fer2013 affectnet rafdb expw sources manifest opinions fingerprint prints aligned splits validate curate review suspects hard preprocess augment corruptions samplers pack loader synthetic',
-    'models': 'backbones heads cbam resemotenet swin inherit speed', 'teach': 'teacher ensemble softlabels', 'distill': 'kd dkd born_again mutual manifold negative teaching objective student',
+    'models': 'backbones heads cbam resemotenet swin inherit exported speed', 'teach': 'teacher ensemble softlabels', 'distill': 'kd dkd born_again mutual manifold negative teaching objective student',
     'evaluate': 'metrics calibrate scaling statistics paired conformal answer rules gates errors embeddings drift shift figures', 'compress': 'prune qat export portable quantize latency release publish',
     'train': 'losses adjust contrastive objective optim average loop judge baseline mining parallel simclr mae selfsup', 'live': 'source recognise track stabilise session overlay log health replay demo web',
     'runs': 'stage pipeline plan sweep cluster kernels report browse compare reproduce pages board appendix ledger tracking shift'}.items()}
