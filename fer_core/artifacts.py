@@ -16,7 +16,7 @@ __all__ = ['FAILURES', 'HASHES', 'SIGNATURE', 'PUBLIC_KEY', 'RELEASE_FORMAT', 'F
            'atomic_path', 'write_bytes', 'write_text', 'write_json', 'read_json', 'sha256_bytes', 'sha256_file',
            'hashed_files', 'write_hashes', 'verify_hashes', 'atomic_folder', 'fingerprint', 'make_key', 'seal',
            'verify_folder', 'is_release', 'environment', 'git_state', 'utc_now', 'run_manifest_model', 'Run',
-           'patch_to', 'new_run_folder', 'parent', 'parent_folder']
+           'sole_sets', 'patch_to', 'new_run_folder', 'parent', 'parent_folder']
 
 # %% ../nbs/artifacts.ipynb #c004
 class Failure(NamedTuple):
@@ -401,7 +401,14 @@ class Run:
 
     def __repr__(self): return f'Run({self.manifest.experiment_id}: {self.manifest.stage}, {self.manifest.status})'
 
-# %% ../nbs/artifacts.ipynb #c036
+# %% ../nbs/artifacts.ipynb #c037
+def sole_sets(names # evaluation sets of a run, 'model/split'
+             )->dict[str, str]: # set -> its name without the model's; as they are where there are several models
+    "Evaluation sets by their split alone, where a run judges one model."
+    models = {n.partition('/')[0] for n in names if '/' in n}
+    return {n: n.partition('/')[2] if len(models) == 1 and '/' in n else n for n in names}
+
+# %% ../nbs/artifacts.ipynb #c039
 def _elapsed(m): return (datetime.now(timezone.utc) - datetime.fromisoformat(m.started)).total_seconds()
 
 def patch_to(cls): # class to add the decorated function to
@@ -409,7 +416,7 @@ def patch_to(cls): # class to add the decorated function to
     def add(f): setattr(cls, f.__name__, f); return f
     return add
 
-# %% ../nbs/artifacts.ipynb #c038
+# %% ../nbs/artifacts.ipynb #c041
 @patch_to(Run)
 def finish(self, status:str='accepted'): # accepted or rejected
     "Close the run: status, times, peak memory, hashes."
@@ -425,7 +432,7 @@ def fail(self, exc:BaseException|None=None, # the exception, or
     code = code or failure_code(exc)
     self.record(status='failed', ended=utc_now(), seconds=_elapsed(self.manifest), failure={'code': code, 'what': what or str(exc) or type(exc).__name__, 'mend': FAILURES[code].mend})
 
-# %% ../nbs/artifacts.ipynb #c039
+# %% ../nbs/artifacts.ipynb #c042
 @patch_to(Run)
 def lock(self, wait:float=20.): # seconds to wait for another writer to end
     "Hold the run folder for this process; another live writer is an error."
@@ -446,7 +453,7 @@ def progress(self, done:float, # units done
     self._told = now
     (self.folder/'progress.json').write_text(json.dumps({'done': done, 'total': total, 'text': text}))
 
-# %% ../nbs/artifacts.ipynb #c042
+# %% ../nbs/artifacts.ipynb #c045
 def new_run_folder(root, # folder that holds runs
                    stage:str # stage name
                   )->Path:   # e.g. papermill_runs/2026-11-21-teacher-1f3a9c

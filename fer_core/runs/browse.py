@@ -7,7 +7,7 @@ from __future__ import annotations
 import operator, re
 from pathlib import Path
 import pandas as pd
-from ..artifacts import FerError, Run
+from ..artifacts import FerError, Run, sole_sets
 from .report import runs_table
 
 # %% auto #0
@@ -20,10 +20,13 @@ def _flat(value, name=''):
         for k, v in value.items(): yield from _flat(v, f'{name}.{k}' if name else str(k))
     else: yield name, value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
 
-def flat_manifest(folder # run folder
-                 )->dict: # dotted name -> text, number, truth value or None
+def flat_manifest(folder,            # run folder
+                  by_split:bool=False # evaluation sets without the model's name, where there is one
+                 )->dict:             # dotted name -> text, number, truth value or None
     "A run's manifest without its nesting."
-    return dict(_flat(Run(folder).manifest.model_dump()))
+    m = Run(folder).manifest.model_dump()
+    if by_split: m['metrics'] = {short: m['metrics'][name] for name, short in sole_sets(m['metrics']).items()}
+    return dict(_flat(m))
 
 def all_runs(root,      # folder of runs
              table=None # of `runs_table`, where it has been made
@@ -73,11 +76,17 @@ def pick(frame:pd.DataFrame, # of `all_runs`
 # %% ../../nbs/runs/browse.ipynb #c010
 _BY_NATURE = re.compile(r'experiment_id|started|ended|fingerprint|command|seconds|notes|parameters\.run_dir|peak_memory_mb|gpu_hours|parents\..*\.path|dataset\.folder|gates|.*\.samples_ms')
 
+def _by_split(folders):
+    "Whether runs judge one model each, and not all of one name: then a set is called by its split."
+    sets = [Run(f).manifest.metrics for f in folders]
+    return all('/' not in short for s in sets for short in sole_sets(s).values()) and len({n.partition('/')[0] for s in sets for n in s}) > 1
+
 def differences(folders:list # two or more run folders
                )->pd.DataFrame: # a row for what differs; a column a run, and `change` for the figures of two
     "In what runs differ."
     if len(folders) < 2: raise FerError('bad_parameter', f'{len(folders)} run to compare', 'name two or more run folders')
-    flat = {Path(f).absolute().name: flat_manifest(f) for f in folders}
+    by_split = _by_split(folders)
+    flat = {Path(f).absolute().name: flat_manifest(f, by_split) for f in folders}
     if len(flat) < 2: raise FerError('bad_parameter', 'the same run twice', 'name two run folders')
     names = [n for n in dict.fromkeys(k for f in flat.values() for k in f) if not _BY_NATURE.fullmatch(n)]
     rows = [{'what': n, **{run: f.get(n) for run, f in flat.items()}} for n in names if len({repr(f.get(n)) for f in flat.values()}) > 1]

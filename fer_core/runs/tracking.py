@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging, os, re, sys
 from datetime import datetime
 from pathlib import Path
-from ..artifacts import FerError, Run, read_json
+from ..artifacts import FerError, Run, read_json, sole_sets
 
 # %% auto #0
 __all__ = ['track', 'track_ended']
@@ -29,11 +29,12 @@ def _called(name): return re.sub(r'[^\w\-. :/]', '_', name, flags=re.ASCII) # th
 def _numbers(row): return {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 def _metrics(run): # -> (name, value, time in ms, step)
-    "The figures of every evaluation set, and the curves."
+    "The figures of every evaluation set, under `test/…` where the run judges one model, and the curves."
     m = run.manifest
     began, ended = _ms(m.started), _ms(m.ended or m.started)
+    short = sole_sets(m.metrics)
     for name, of in m.metrics.items():
-        yield from ((_called(f'{name}/{k}'), v, ended, 0) for k, v in _numbers(of if isinstance(of, dict) else of.model_dump()).items())
+        yield from ((_called(f'{short[name]}/{k}'), v, ended, 0) for k, v in _numbers(of if isinstance(of, dict) else of.model_dump()).items())
     rows = read_json(run.path('history.json')) if run.path('history.json').is_file() else []
     for row in rows if isinstance(rows, list) else ():
         yield from ((k, v, began + int(1000*row.get('seconds', 0)), int(row['epoch'])) for k, v in _numbers(row).items() if k != 'epoch')
