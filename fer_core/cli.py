@@ -176,8 +176,8 @@ def quickstart(data:Annotated[Optional[Path], typer.Option(help='your dataset as
         with _place(scheduler) as place: runs = run_plan(steps, out, fresh, bar.show, tell, jobs, lost, place, retries, timeout)
     finally: bar.close()
     last = {r.manifest.stage: r for r in runs.values()} # a plan may name its steps as it likes, or lack one
-    verdicts = [v for r in runs.values() if r.manifest.stage != 'thesis' for v in r.manifest.gates]
-    if verdicts: print('\nGates: ' + ', '.join(f'{g["gate"]} {"passed" if g["passed"] else "failed"}' for g in overall(verdicts)))
+    told = [f'{g["gate"]} {"passed" if g["passed"] else "failed"} ({name})' for name, r in runs.items() if r.manifest.stage != 'thesis' for g in overall(r.manifest.gates)]
+    if told: print('\nGates: ' + ', '.join(told) + ('   (why: fer report gates RUN)' if any('failed' in t for t in told) else ''))
     for page in ('thesis', 'compare', 'sweep', 'shift', 'errors'):
         if page in last: print(f'Report: {publish(last[page], reports)}   ({time.time() - began:.0f} s)')
     if 'compress' in last: print(f'Live:   fer demo --source 0 --model {last["compress"].folder}')
@@ -421,12 +421,12 @@ def predict(photos:Annotated[list[Path], typer.Argument(help='photos')], model:M
     recognizer, problem = Recognizer(_model(model), detector), None
     try: rows = predict_photos(photos, recognizer)
     except FerError as e: rows, problem = getattr(e, 'rows', []), e # one bad photo does not cost the others their answer
-    print(json.dumps(rows, indent=2, default=lambda x: x.tolist()) if as_json else predictions_table(rows))
+    if rows or as_json or not problem: print(json.dumps(rows, indent=2, default=lambda x: x.tolist()) if as_json else predictions_table(rows))
     if problem: raise problem
 
 # %% ../nbs/cli.ipynb #c018
 @app.command()
-def demo(source:Annotated[str, typer.Option(help='video file, stream URL or camera index')] = '0', model:Model = None, detector:Detector = 'auto',
+def demo(source:Annotated[Optional[str], typer.Option(help='video file, stream URL or camera index (default: 0, the first camera)')] = None, model:Model = None, detector:Detector = 'auto',
          csv:Annotated[Optional[Path], typer.Option(help='write a row per face and frame')] = None,
          video:Annotated[Optional[Path], typer.Option(help='write the labelled video (stores images of people)')] = None,
          no_window:Annotated[bool, typer.Option('--no-window', help='run without a window')] = False,
@@ -438,19 +438,26 @@ def demo(source:Annotated[str, typer.Option(help='video file, stream URL or came
          max_frames:Annotated[Optional[int], typer.Option(help='end after so many frames')] = None,
          threshold:Annotated[Optional[float], typer.Option(help="abstain below this confidence (default: the model's)")] = None,
          health:Annotated[bool, typer.Option('--health', help='watch the quality of the faces and the drift of the scores')] = False,
-         fetch_yunet:Annotated[bool, typer.Option('--fetch-yunet', help='download the YuNet detector once, sha256 checked')] = False,
+         fetch_yunet:Annotated[bool, typer.Option('--fetch-yunet', help='download the YuNet detector once, sha256 checked; alone, that is all')] = False,
          web:Annotated[bool, typer.Option('--web', help="serve a page that reads the browser's camera, or a video file chosen there")] = False,
          port:Annotated[int, typer.Option(help='of --web; 0 = any free one')] = 0,
          host:Annotated[str, typer.Option(help='address that --web listens on')] = '127.0.0.1',
          as_json:Json = False):
     "Faces and expressions on a camera or a video, with a summary of speed and stability."
-    if web: return _web(as_json, {'--source': source != '0', '--csv': csv, '--video': video, '--max-frames': max_frames is not None}, model=_model(model), detector=detector, host=host, port=port, every=every, fetch=fetch_yunet, threshold=threshold)
+    if fetch_yunet and source is None and not web: return _fetch(as_json)
+    if web: return _web(as_json, {'--source': source is not None, '--csv': csv, '--video': video, '--max-frames': max_frames is not None}, model=_model(model), detector=detector, host=host, port=port, every=every, fetch=fetch_yunet, threshold=threshold)
     from fer_core.live.demo import run as run_demo, summary_table
     from tqdm import tqdm
     with tqdm(desc='frames', unit='', disable=not sys.stderr.isatty(), leave=False) as bar:
         def tell(done, total): bar.total = total; bar.update(done - bar.n)
-        found = run_demo(source, _model(model), detector, csv, video, not no_window, every, max_frames, fetch_yunet, progress=tell, log=log, side=side, bars=bars, average=average, health=health, threshold=threshold)
+        found = run_demo(source or '0', _model(model), detector, csv, video, not no_window, every, max_frames, fetch_yunet, progress=tell, log=log, side=side, bars=bars, average=average, health=health, threshold=threshold)
     print(json.dumps(found, indent=2) if as_json else summary_table(found))
+
+def _fetch(as_json):
+    "Have YuNet here."
+    from fer_core.faces.detect import fetch_yunet
+    path = fetch_yunet()
+    print(json.dumps({'detector': str(path)}) if as_json else f'YuNet: {path}')
 
 def _web(as_json, foreign, **options):
     "Serve the live demo as a page."
@@ -460,16 +467,20 @@ def _web(as_json, foreign, **options):
     print(json.dumps(found, indent=2) if as_json else f'{found["frames"]} frames of {found["pages"]} pages answered')
 
 @app.command()
-def evaluate(data:Annotated[Path, typer.Argument(help='curate run folder, or a dataset as downloaded')], model:Model = None, split:Annotated[str, typer.Option(help='split to judge on')] = 'test', as_json:Json = False):
+def evaluate(data:Annotated[Path, typer.Argument(help='curate run folder, or a dataset as downloaded')], model:Model = None, split:Annotated[str, typer.Option(help='split to judge on')] = 'test',
+             lenient:Annotated[bool, typer.Option('--lenient', help='leave broken records of a dataset as downloaded out, and say how many')] = False, as_json:Json = False):
     "Judge a student (default: the released one) on a dataset's test rows."
     import tempfile
+    from fer_core.artifacts import read_json
     from fer_core.compress.release import evaluate_file
     from fer_core.data.curate import curate
     from fer_core.live.recognise import release_model
     with tempfile.TemporaryDirectory() as scratch:
-        if not (data/'classification_manifest.csv').is_file(): curate(data, scratch)
-        m = evaluate_file(_model(model) or release_model(), data if (data/'classification_manifest.csv').is_file() else scratch, split)
-    line = f'n={m["n"]} accuracy={m["accuracy"]:.4f} macro-F1={m["macro_f1"]:.4f} ECE={m["ece_width"]:.4f} T={m["temperature"]:.4f} dataset={m["dataset"][:12]}'
+        home = data if (data/'classification_manifest.csv').is_file() else Path(scratch)
+        if home != data: curate(data, home, strict=not lenient)
+        broken = read_json(home/'clean_report.json')['records']['broken'] if home != data else 0
+        m = evaluate_file(_model(model) or release_model(), home, split) | ({'left_out': broken} if broken else {})
+    line = f'n={m["n"]} accuracy={m["accuracy"]:.4f} macro-F1={m["macro_f1"]:.4f} ECE={m["ece_width"]:.4f} T={m["temperature"]:.4f} dataset={m["dataset"][:12]}' + (f' left_out={broken}' if broken else '')
     print(json.dumps(m, indent=2) if as_json else line)
 
 @app.command()

@@ -300,6 +300,15 @@ def test_offline_fetch_falls_back_in_one_line(model, clip, tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(not YUNET.is_file(), reason='needs the YuNet file of FER_CORE_SHARED')
+def test_fetching_alone_opens_no_camera(monkeypatch, capsys):
+    from fer_core.cli import app
+    from typer.testing import CliRunner
+    monkeypatch.setattr(detect, 'fetch_yunet', lambda: Path('there/yunet.onnx'))
+    monkeypatch.setattr(demo, 'run', lambda *a, **k: pytest.fail('the camera was opened'))
+    done = CliRunner().invoke(app, ['demo', '--fetch-yunet'])
+    assert done.exit_code == 0 and done.output == 'YuNet: there/yunet.onnx\n'
+
+
 def test_yunet_is_fetched_once_and_checked_before_each_use(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path)); monkeypatch.delenv('FER_CORE_YUNET', raising=False)
     asked = []

@@ -624,6 +624,21 @@ def test_the_command_line_names_every_source_and_fails_in_one_line(tmp_path):
     assert done.returncode == FAILURES['missing_file'].exit_code and len(done.stderr.strip().split('\n')) == 1 and '\x1b' not in done.stderr and 'two\\nlines' in done.stderr
 
 
+def test_a_broken_picture_stops_a_judgement_unless_it_may_be_left_out(tmp_path):
+    root = classes(tmp_path/'d')
+    next((root/'test'/'sad').iterdir()).write_bytes(b'no picture')
+    say = lambda *more: subprocess.run([FER, 'evaluate', str(root), *more], capture_output=True, text=True, timeout=100)
+    stopped, judged = say(), say('--lenient')
+    assert stopped.returncode == FAILURES['undecodable_image'].exit_code and 'sad' in stopped.stderr
+    assert judged.returncode == 0 and judged.stdout.startswith('n=6 ') and judged.stdout.rstrip().endswith('left_out=1'), judged
+
+
+def test_all_folders_that_are_no_class_are_named_at_once(tmp_path):
+    root = classes(tmp_path/'d')
+    for name in ('bored', 'calm'): (root/'train'/name).mkdir()
+    refused(lambda: read('folder', root), 'unknown_label', 'folders train/bored, train/calm: none of the classes')
+
+
 def test_a_curated_folder_that_was_tampered_with(tmp_path):
     root, out = classes(tmp_path/'d'), tmp_path/'out'
     curate(root, out, near=None)

@@ -27,14 +27,16 @@ def _class_folders(root):
     "(folder, split, usage, class or None) for every class folder; anything else in the way is an error."
     splits, found = {p: SPLIT_NAMES[p.name.lower()] for p in subfolders(root) if p.name.lower() in SPLIT_NAMES}, []
     for top, split, usage in [(p, s, p.name) for p, s in splits.items()] or [(Path(root), 'train', '')]:
-        for folder in subfolders(top): found.append((folder, split, usage, _folder_class(folder, root)))
+        found += [(folder, split, usage, *_folder_class(folder)) for folder in subfolders(top)]
+    if unknown := [f.relative_to(root).as_posix() for f, *_, known in found if not known]: raise FerError('unknown_label', f'{"folder" if len(unknown) == 1 else "folders"} {", ".join(unknown[:8])}{" and others" if unknown[8:] else ""}: none of the classes {", ".join(CLASSES)}', 'rename to a class, or move out of the dataset folder')
+    found = [row[:4] for row in found]
     stray = [p.name for p in subfolders(root) if p not in splits] if splits else []
     if stray: raise FerError('unknown_label', f'folder {stray[0]} is no split, beside {", ".join(p.name for p in splits)}', 'move it out of the dataset folder')
     return found
 
-def _folder_class(folder, root):
-    try: return to_class('folder', folder.name)
-    except KeyError: raise FerError('unknown_label', f'folder {folder.relative_to(root).as_posix()} is none of the classes {", ".join(CLASSES)}', 'rename it to a class, or move it out of the dataset folder') from None
+def _folder_class(folder): # -> class or None, whether its name says so
+    try: return to_class('folder', folder.name), True
+    except KeyError: return None, False
 
 def is_picture(path:Path # file
               )->bool:

@@ -128,11 +128,12 @@ def student_evidence(student:dict,  # its metrics
                      ensemble_params:int, # parameters of all teachers together
                      priors:dict    # class -> share in the training split
                     )->dict:        # evidence of G-student and of the milestones M10 and M15
-    "What G-student asks for."
+    "What G-student asks for, and the figures themselves for gates of one's own."
     require_comparable(student, ensemble, ('the student', 'the ensemble'))
     rare, where = rarest(priors), _origin(student)
     worst = min(CLASSES, key=lambda c: student['per_class'][c]['f1'])
-    return {'student.macro_f1_gap': _item(ensemble['macro_f1'] - student['macro_f1'], f'{ensemble["macro_f1"]:.4f} − {student["macro_f1"]:.4f}; {where}', **_of(student)),
+    return {**{f'student.{k}': _item(student[k], where, **_of(student)) for k in ('accuracy', 'macro_f1', 'uar')},
+            'student.macro_f1_gap': _item(ensemble['macro_f1'] - student['macro_f1'], f'{ensemble["macro_f1"]:.4f} − {student["macro_f1"]:.4f}; {where}', **_of(student)),
             'student.ece': _item(student['ece_width'], where, **_of(student)),
             'student.classwise_ratio': _item(student['classwise_ece']/max(student['ece_width'], 1e-12), f'{student["classwise_ece"]:.4f} / {student["ece_width"]:.4f}; {where}', **_of(student)),
             'student.min_class_f1': _item(student['per_class'][worst]['f1'], f'{worst}; {where}', **_of(student)),

@@ -20,7 +20,7 @@ _ECE = 'ECE, 15 equal-width bins, L1'
 METRICS = {
     'teacher.macro_f1': 'fraction', 'ensemble.macro_f1': 'fraction', 'ensemble.macro_f1_gain': 'fraction', 'ensemble.rare2_f1': 'fraction', 'ensemble.ece': _ECE,
     'kd.of_teacher': 'times', 'dkd.adopted': '1 or 0',
-    'student.macro_f1_gap': 'fraction', 'student.ece': _ECE, 'student.classwise_ratio': 'times', 'student.min_class_f1': 'fraction', 'student.rare2_f1': 'fraction', 'student.size_ratio': 'times',
+    'student.accuracy': 'fraction', 'student.macro_f1': 'fraction', 'student.uar': 'fraction', 'student.macro_f1_gap': 'fraction', 'student.ece': _ECE, 'student.classwise_ratio': 'times', 'student.min_class_f1': 'fraction', 'student.rare2_f1': 'fraction', 'student.size_ratio': 'times',
     'prune.params_cut': 'fraction', 'prune.flops_cut': 'fraction', 'prune.macro_f1_drop': 'fraction',
     'int8.macro_f1_drop': 'fraction', 'int8.ece_change': _ECE, 'int8.latency_ratio': 'times',
     'latency.fp32_p95_ms': 'ms', 'latency.int8_p95_ms': 'ms', 'latency.pipeline_mean_ms': 'ms',

@@ -162,11 +162,11 @@ def _stop_early(history, cfg):
 # %% ../../nbs/train/loop.ipynb #c018b
 def _begin(run, model, opt, average, cfg, key, resume_from, first):
     "Where this run stands: history, its first own epoch, the rate's factor, retries; weights restored."
-    own, state = run.path('last.ckpt'), {'history': [], 'first': 0, 'scale': 1., 'tries': 0, 'key': key}
+    own, state = run.path('last.ckpt'), {'history': [], 'first': 0, 'scale': 1., 'tries': 0, 'key': key, 'since': ''}
     if own.is_file() or resume_from:
         saved = load_state(own if own.is_file() else resume_from)
         _restore(saved, model, opt, average, None if resume_from else key)
-        state |= {'history': saved['history'], 'first': len(saved['history'])}
+        state |= {'history': saved['history'], 'first': len(saved['history']), 'since': f' (resumed after {len(saved["history"])})'}
         if own.is_file(): state |= {k: saved[k] for k in ('first', 'scale', 'tries')}
     if resume_from and not own.is_file():
         if first: run.record(parents={'resumed_from': parent(Path(resume_from).parent, Path(resume_from).name)})
@@ -205,7 +205,7 @@ def _next_epoch(fabric, run, net, model, average, opt, feed, objective, cfg, on_
     if on_epoch: on_epoch(model, epoch)
     factor = rate_of(cfg, len(_groups(len(rows), cfg, fabric.world_size)), epoch, history)
     def tell(i, n):
-        if first: run.progress(epoch + i/n, cfg.epochs, f'epoch {epoch + 1}/{cfg.epochs}')
+        if first: run.progress(epoch + i/n, cfg.epochs, f'epoch {epoch + 1}/{cfg.epochs}{state["since"]}')
     loss = _epoch(fabric, net, model, average, opt, feed, rows, objective, cfg, epoch, lambda i: state['scale']*factor(i), tell)
     if history and loss > 10*max(1e-3, abs(history[0]['train_loss'])): raise FerError('divergence', f'epoch {epoch + 1}: loss {loss:.3g} is over ten times the first epoch\'s')
     average.refresh(epoch, (x for x, _, _ in feed.batches(rows, cfg.batch_size, epoch=epoch, view=feed.view_of(epoch))))
