@@ -15,7 +15,9 @@ dkd:        {stage: student, data: '@data', phase: dkd, before: '@kd', softlabel
 calibrate:  {stage: calibrate, student: '@dkd', ensemble: '@ensemble', teachers: ['@one', '@two']}
 small:      {stage: compress, data: '@data', student: '@dkd', calibration: '@calibrate', faces: 100, mirror: true, places: 1}
 benchmark:  {stage: benchmark, data: '@data', compressed: '@small', seconds: 1.0, warmup: 5, timed: 20}
-end:        {stage: thesis, data: '@data', teachers: ['@one', '@two'], ensemble: '@ensemble', students: ['@ce', '@kd', '@dkd'], calibration: '@calibrate', compressed: '@small', benchmark: '@benchmark'}
+slim:       {stage: prune, data: '@data', student: '@dkd', ratio: 0.3, faces: 64, scan: [0.5], scan_faces: 64, epochs: 1}
+looks:      {stage: errors, student: '@dkd', teacher: '@ensemble', n_map: 60, n_hard: 4}
+end:        {stage: thesis, data: '@data', teachers: ['@one', '@two'], ensemble: '@ensemble', students: ['@ce', '@kd', '@dkd'], calibration: '@calibrate', compressed: '@small', benchmark: '@benchmark', others: ['@slim', '@looks']}
 '''
 
 
@@ -52,6 +54,18 @@ def test_the_report_comes_as_files(path):
     assert {p.name for p in (folder/'figures').iterdir()} == {f'{n}.{k}' for n in drawn for k in ('pdf', 'svg')} and {p.name for p in (folder/'tables').iterdir()} == {f'{n}.{k}' for n in tabled for k in ('csv', 'tex')}
     rows = json.loads((folder/'results.json').read_text())
     assert len((folder/'tables'/'results.csv').read_text().splitlines()) > len(run_of(path[0], 'student')) and rows
+
+
+def test_the_report_takes_in_other_reports_and_says_what_is_missing(path):
+    import pandas as pd
+    folder, slim, looks = (run_of(path[0], s)[0] for s in ('thesis', 'prune', 'errors'))
+    short = {f: f.name.split('-', 3)[-1] for f in (slim, looks)}
+    for f, name in ((slim, 'widths'), (looks, 'hardest')): assert (folder/'figures'/f'{short[f]}-{name}.pdf').read_bytes() == (f/'figures'/f'{name}.pdf').read_bytes()
+    assert json.loads((folder/'run.json').read_text())['parents'][f'part_{short[slim]}']['id'] == slim.name
+    plan = pd.read_csv(folder/'tables'/'planned.csv', index_col=0, keep_default_na=False)
+    lost = {w for w, m in plan['missing'].items() if m}
+    assert lost == {'ablation: τ of logit adjustment', 'ablation: KD temperature', 'ablation: DKD α and β', 'ablation: pruning ratio'}
+    assert json.loads((folder/'evidence.json').read_text())['thesis.figures_missing']['value'] == 4
 
 
 @pytest.mark.skipif(not shutil.which('pdflatex'), reason='pdflatex is not installed')

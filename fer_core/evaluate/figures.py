@@ -4,7 +4,7 @@
 
 # %% ../../nbs/evaluate/figures.ipynb #c002
 from __future__ import annotations
-import textwrap
+import textwrap, time
 import matplotlib.pyplot as plt, numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -77,21 +77,23 @@ def curves(history:list[dict] # rows of epoch, train_loss, val_loss, val_accurac
 
 # %% ../../nbs/evaluate/figures.ipynb #c009
 class LiveCurves:
-    "Curves of a training under way, redrawn below the running cell after every epoch."
-    def __init__(self): self.handle = None
+    "Curves of a training under way, redrawn below the running cell after an epoch; short epochs share a picture, so that a twentieth of the time at most goes into drawing."
+    def __init__(self): self.handle, self.next = None, 0.
 
     def __call__(self, history:list[dict]): # epochs so far
-        "Redraw."
+        "Redraw, where it is time to."
         from IPython.display import display
+        if (began := time.monotonic()) < self.next: return
         if self.handle is None: self.handle = display(curves(history), display_id=True)
         else: self.handle.update(curves(history))
+        self.next = time.monotonic() + 20*(time.monotonic() - began)
 
     def close(self):
         "Leave one line in place of the picture: the report draws the curves of the finished run."
         from IPython.display import Markdown
         if self.handle: self.handle.update(Markdown('*trained; the curves are below*'))
 
-# %% ../../nbs/evaluate/figures.ipynb #c011
+# %% ../../nbs/evaluate/figures.ipynb #c012
 def compare_curves(histories:dict[str, list[dict]], # name -> history
                    key:str='val_macro_f1', # what to draw
                    ax=None # axes to draw on
@@ -106,7 +108,7 @@ def compare_curves(histories:dict[str, list[dict]], # name -> history
     _tidy(ax, 'epoch', key.replace('val_', 'validation ').replace('_', ' ').replace('f1', 'F1'))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c014
+# %% ../../nbs/evaluate/figures.ipynb #c015
 def _grid(ax, shade, texts, cmap, limits, title):
     image = ax.imshow(shade, cmap=cmap, vmin=limits[0], vmax=limits[1])
     ax.set_xticks(range(N_CLASSES), CLASSES, rotation=40, ha='right', rotation_mode='anchor'); ax.set_yticks(range(N_CLASSES), CLASSES)
@@ -148,7 +150,7 @@ def confusion_delta(before, # (7, 7) counts, rows: truth
     bar = fig.colorbar(image, ax=ax, shrink=.8, aspect=30); _tidy_bar(bar, 'percentage points')
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c018
+# %% ../../nbs/evaluate/figures.ipynb #c019
 def mark_cells(fig:Figure, # of `confusion` or `confusion_delta`
                cells       # (true class, decided class) each
               )->Figure:   # the same figure
@@ -157,7 +159,7 @@ def mark_cells(fig:Figure, # of `confusion` or `confusion_delta`
         fig.axes[0].add_patch(plt.Rectangle((CLASSES.index(decided) - .5, CLASSES.index(true) - .5), 1, 1, fill=False, edgecolor='black', linewidth=1.8, zorder=3))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c021
+# %% ../../nbs/evaluate/figures.ipynb #c022
 def per_class_bars(tables:dict[str, dict], # name -> per_class of `evaluate`
                    metric:str='f1',        # 'f1', 'precision' or 'recall'
                    intervals:dict|None=None, # name -> {class: [low, high]}
@@ -177,7 +179,7 @@ def per_class_bars(tables:dict[str, dict], # name -> per_class of `evaluate`
     ax.legend(fontsize=8, frameon=False, ncols=len(tables), loc='lower center', bbox_to_anchor=(.5, 1.0))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c024
+# %% ../../nbs/evaluate/figures.ipynb #c025
 def class_distribution(counts:dict[str, dict], # split or source -> {class: count}
                        log:bool=True, # logarithmic axis
                        ax=None        # axes to draw on
@@ -195,7 +197,7 @@ def class_distribution(counts:dict[str, dict], # split or source -> {class: coun
     ax.legend(fontsize=8, frameon=False, ncols=len(counts), loc='lower center', bbox_to_anchor=(.5, 1.0), title='total; largest : smallest class', title_fontsize=7)
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c027
+# %% ../../nbs/evaluate/figures.ipynb #c028
 def _reliability_panel(ax, below, table, title):
     rows = [b for b in table['bins'] if b['count']]
     left, right, acc, conf, count = (np.array([b[k] for b in rows], float) for k in ('lower', 'upper', 'accuracy', 'confidence', 'count'))
@@ -221,7 +223,7 @@ def reliability_diagram(before:dict, # table of `reliability`
     axes[0, 0].legend(fontsize=8, frameon=False, loc='upper left')
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c029
+# %% ../../nbs/evaluate/figures.ipynb #c030
 def classwise_ece_bars(tables:dict[str, dict], # name -> {class: calibration error}
                        limit:float|None=None,  # line to draw, e.g. twice the global ECE
                        ax=None                 # axes to draw on
@@ -238,7 +240,7 @@ def classwise_ece_bars(tables:dict[str, dict], # name -> {class: calibration err
     ax.legend(fontsize=8, frameon=False, ncols=3, loc='lower center', bbox_to_anchor=(.5, 1.0))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c032
+# %% ../../nbs/evaluate/figures.ipynb #c033
 def risk_coverage(curves:dict[str, tuple], # name -> (coverage, risk) of `metrics.risk_coverage`
                   points:dict[str, tuple]|None=None, # name -> (coverage, risk) at the abstention threshold
                   ax=None                  # axes to draw on
@@ -253,7 +255,7 @@ def risk_coverage(curves:dict[str, tuple], # name -> (coverage, risk) of `metric
     _tidy(ax, 'coverage: share of faces answered', 'error rate among them'); ax.legend(fontsize=8, frameon=False)
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c035
+# %% ../../nbs/evaluate/figures.ipynb #c036
 def latency_cdf(times:dict[str, np.ndarray], # name -> milliseconds of each run
                 limits:dict[str, float]|None=None, # name of a limit -> ms, as vertical lines
                 ax=None # axes to draw on
@@ -271,7 +273,7 @@ def latency_cdf(times:dict[str, np.ndarray], # name -> milliseconds of each run
     _tidy(ax, 'latency, ms', 'share of runs'); ax.legend(fontsize=7.5, frameon=False, loc='lower center', bbox_to_anchor=(.5, 1.0))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c037
+# %% ../../nbs/evaluate/figures.ipynb #c038
 def _pareto(rows, size):
     "The rows that no other beats in size or macro-F1 without losing in the other, smallest first."
     best, kept = -np.inf, []
@@ -307,7 +309,7 @@ def size_vs_f1(rows:list[dict], # name, params (or another size), macro_f1; opti
     if groups != ['']: ax.legend(fontsize=8, frameon=False, loc='best')
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c042
+# %% ../../nbs/evaluate/figures.ipynb #c043
 def montage(images,        # pictures: (h, w) grey, (h, w, 3) RGB or (c, h, w), uint8 or 0..1
             titles=None,   # one line per picture
             columns:int=8, # pictures per row
@@ -327,7 +329,7 @@ def montage(images,        # pictures: (h, w) grey, (h, w, 3) RGB or (c, h, w), 
         if titles is not None: ax.set_title(titles[k], fontsize=7, pad=3)
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c045
+# %% ../../nbs/evaluate/figures.ipynb #c046
 def hidden_face(side:int=48 # pixels
                )->np.ndarray: # (side, side) uint8
     "A grey silhouette that is nobody."
@@ -335,7 +337,7 @@ def hidden_face(side:int=48 # pixels
     head, shoulders = (x/.42)**2 + ((y + .2)/.52)**2 < 1, (x/.85)**2 + ((y - 1.15)/.65)**2 < 1
     return np.where(head | shoulders, 170, 230).astype(np.uint8)
 
-# %% ../../nbs/evaluate/figures.ipynb #c048
+# %% ../../nbs/evaluate/figures.ipynb #c049
 def embedding_map(points,     # (n, 2) positions
                   labels,     # (n,) class ids
                   wrong=None, # (n,) bool: decided wrongly
@@ -352,7 +354,7 @@ def embedding_map(points,     # (n, 2) positions
     ax.legend(fontsize=7.5, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c051
+# %% ../../nbs/evaluate/figures.ipynb #c052
 def forest(rows:list[dict], # name, macro_f1; seeds and faces [low, high] or None, by_seed, published or None
            key:str='macro_f1', # the figure
            ax=None          # axes to draw on
@@ -372,7 +374,7 @@ def forest(rows:list[dict], # name, macro_f1; seeds and faces [low, high] or Non
     ax.legend(told.values(), told, fontsize=7.5, frameon=False, ncols=3, loc='lower center', bbox_to_anchor=(.4, 1.0))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c053
+# %% ../../nbs/evaluate/figures.ipynb #c054
 def class_heat(tables:dict[str, dict], # name -> {class: F1 0..1}
                supports=None,          # faces of each class, in class order
                ax=None                 # axes to draw on
@@ -390,7 +392,7 @@ def class_heat(tables:dict[str, dict], # name -> {class: F1 0..1}
     _tidy_bar(fig.colorbar(image, ax=ax, shrink=.9, aspect=20), 'F1')
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c056
+# %% ../../nbs/evaluate/figures.ipynb #c057
 def _spread(values, gap):
     "Positions in the order of `values`, no two closer than `gap`, moved as little as a sweep up and a shift back allow."
     order, out = np.argsort(values, kind='stable'), np.array(values, float)
@@ -418,7 +420,7 @@ def cost_vs_accuracy(rows:list[dict], # name, mmacs (None = left out), accuracy;
     ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.0))
     return fig
 
-# %% ../../nbs/evaluate/figures.ipynb #c059
+# %% ../../nbs/evaluate/figures.ipynb #c060
 def fusion_front(front:list[dict],   # points of the front: ece, macro_f1
                  points:dict[str, dict], # name -> point, e.g. uniform, bagged, plain search
                  alone:dict[str, dict]|None=None, # name -> point of each member by itself

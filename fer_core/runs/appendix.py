@@ -6,9 +6,10 @@
 from __future__ import annotations
 import io, re
 from numbers import Number
+from pathlib import Path
 import matplotlib, pandas as pd
 from matplotlib.figure import Figure
-from ..artifacts import FerError, Run, write_bytes, write_text
+from ..artifacts import FerError, HASHES, Run, parent, patch_to, read_json, sha256_bytes, write_bytes, write_json, write_text
 
 # %% auto #0
 __all__ = ['tex_text', 'tex_table', 'Appendix']
@@ -94,22 +95,60 @@ class Appendix:
 
     def _figure(self, fig, name, caption):
         for kind in ('pdf', 'svg'): write_bytes(self._path('figures', f'{name}.{kind}'), _drawn(fig, kind))
-        return _filled(_FIGURE, RUN=self._run(), WIDTH=f'{fig.get_figwidth():g}', NAME=name, CAPTION=tex_text(caption))
+        return {'kind': 'figure', 'caption': caption, 'width': f'{fig.get_figwidth():g}'}
 
     def _table(self, table, name, caption):
         write_text(self._path('tables', f'{name}.csv'), table.to_csv())
         write_text(self._path('tables', f'{name}.tex'), tex_table(table.loc[:, [not all(map(_empty, v)) for _, v in table.items()]]))
         m = self.run.manifest
-        return _filled(_TABLE, RUN=self._run(), NAME=name, CAPTION=tex_text(f'{caption} Run {m.experiment_id}' + (f', dataset {sha[:12]}.' if (sha := m.dataset.get('sha256')) else '.')))
+        return {'kind': 'table', 'caption': f'{caption} Run {m.experiment_id}' + (f', dataset {sha[:12]}.' if (sha := m.dataset.get('sha256')) else '.'), 'levels': table.index.nlevels}
 
-    def _run(self): return self.run.manifest.experiment_id.split('-', 3)[-1] # without its date
+    def _run(self): return _short(self.run)
 
     def _path(self, *parts):
         path = self.run.folder.joinpath(*parts)
         path.parent.mkdir(exist_ok=True)
         return path
 
+    def _tex(self, name, part):
+        return _filled(_FIGURE if part['kind'] == 'figure' else _TABLE, RUN=self._run(), WIDTH=part.get('width', ''), NAME=name, CAPTION=tex_text(part['caption']))
+
     def write(self):
-        "Write `appendix.tex`, which reads in all parts in their order."
+        "Write `appendix.tex`, which reads in all parts in their order, and `appendix.json`, which lists them."
         head = f'% {self.run.manifest.experiment_id}; \\usepackage{{graphicx,booktabs,array}} and \\newcommand{{\\ferrun}}{{path to this folder}} before \\input{{\\ferrun/appendix}}\n\\ifdefined\\ferbox\\else\\newsavebox\\ferbox\\fi\n\n'
-        write_text(self.run.path('appendix.tex'), head + '\n'.join(self.parts.values()))
+        write_text(self.run.path('appendix.tex'), head + '\n'.join(self._tex(*part) for part in self.parts.items()))
+        write_json(self.run.path('appendix.json'), self.parts)
+
+def _short(run): return run.manifest.experiment_id.split('-', 3)[-1] # without its date
+
+# %% ../../nbs/runs/appendix.ipynb #c008
+def _checked(folder, name):
+    "A file of a run, as its hash manifest knows it."
+    path, told = Path(folder)/name, read_json(Path(folder)/HASHES)
+    data = path.read_bytes() if path.is_file() else b''
+    if sha256_bytes(data) != told.get(name): raise FerError('hash_mismatch', f'{path} is not what the run wrote', 'execute the run again')
+    return data
+
+def _shown(data, part):
+    "A part as a page shows it: a picture of vectors, or a table."
+    from IPython.display import SVG
+    if part['kind'] == 'figure': return SVG(data=data.decode())
+    return pd.read_csv(io.BytesIO(data), index_col=list(range(part['levels'])), keep_default_na=False)
+
+@patch_to(Appendix)
+def take(self,
+         folder # run folder of another report
+        )->list[tuple]: # (name, caption, table or picture) of each part, in its order
+    "Take the figures and tables of another report into this one."
+    other, taken = Run(folder), []
+    if not other.path('appendix.json').is_file(): raise FerError('missing_file', f'{other.folder} has no appendix.json: its report kept no files', 'execute its stage again; reports written before 2026-11-23 kept none')
+    for name, part in read_json(other.path('appendix.json')).items():
+        new, places = f'{_short(other)}-{name}', [f'figures/{name}.pdf', f'figures/{name}.svg'] if part['kind'] == 'figure' else [f'tables/{name}.tex', f'tables/{name}.csv']
+        if new in self.parts: raise FerError('bad_parameter', f'{other.folder.name} is taken twice', 'name each run once')
+        for place in places:
+            data = _checked(other.folder, place)
+            write_bytes(self._path(place.partition('/')[0], new + Path(place).suffix), data)
+        self.parts[new] = part
+        taken.append((new, part['caption'], _shown(data, part)))
+    self.run.record(parents={f'part_{_short(other)}': parent(other.folder, 'appendix.json')})
+    return taken

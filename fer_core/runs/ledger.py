@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from pathlib import Path
 import pandas as pd
-from ..artifacts import FerError, Run, read_json, sha256_file
+from ..artifacts import FerError, HASHES, Run, read_json, sha256_file, verify_hashes
 from .report import runs_table
 from .stage import STAGES, stage_notebook
 
@@ -18,7 +18,7 @@ def _resumed(m): # the codes after which it was taken up again
     return [code if (code := n.rpartition(' ')[2]) != 'running' else 'killed' for n in m.notes if ' resumed' in n]
 
 # %% auto #0
-__all__ = ['cost', 'hardware', 'decisions', 'failures', 'scripts']
+__all__ = ['cost', 'hardware', 'decisions', 'failures', 'scripts', 'integrity', 'privacy']
 
 # %% ../../nbs/runs/ledger.ipynb #c004
 def _megabytes(folder): return sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())/2**20
@@ -92,3 +92,24 @@ def scripts(folders # run folders
         now = sha256_file(path)
         rows.append({'stage': stage, 'notebook': f'nbs/stages/{path.name}', 'calls': ', '.join(modules), 'runs': len(made[stage]), 'by this very notebook': sum(h == now for h in made[stage]), 'sha256 now': now[:12]})
     return pd.DataFrame(rows).set_index('stage')
+
+# %% ../../nbs/runs/ledger.ipynb #c012
+def integrity(folders # run folders
+             )->pd.DataFrame: # a row a run
+    "Whether runs hold what they wrote."
+    rows = []
+    for f, m in _manifests(folders):
+        state = Counter(verify_hashes(f).values()) if (f/HASHES).is_file() else Counter()
+        rows.append({'run': f.name, 'files': sum(state.values()) - state['unlisted'], 'ok': state['ok'], 'changed': state['changed'], 'missing': state['missing'], 'not listed': state['unlisted'], 'whole': (f/HASHES).is_file() and set(state) <= {'ok'}})
+    return pd.DataFrame(rows).set_index('run')
+
+_PEOPLE = {'pictures': ('.png', '.jpg', '.jpeg', '.webp', '.bmp'), 'videos': ('.mp4', '.avi', '.mkv', '.webm'), 'packs of faces': ('.u8', '.npy')}
+
+def privacy(folders # run folders
+           )->pd.DataFrame: # a row a run
+    "Files in which people could be seen, and whether a report shows faces."
+    rows = []
+    for f, m in _manifests(folders):
+        found = Counter(kind for p in f.rglob('*') if p.is_file() and 'figures' not in p.parts for kind, ends in _PEOPLE.items() if p.suffix.lower() in ends)
+        rows.append({'run': f.name, **{kind: found[kind] for kind in _PEOPLE}, 'faces shown': bool(m.parameters.get('show_faces', False))})
+    return pd.DataFrame(rows).set_index('run')

@@ -135,6 +135,19 @@ def provenance(self)->pd.DataFrame:
     return pd.Series({**facts, **{f'{s} faces': n for s, n in self.dataset['splits'].items()}, 'dataset sha256': self.dataset['sha256']}, name='').to_frame()
 
 @patch_to(Pipeline)
+def minority(self)->pd.DataFrame:
+    "Largest over smallest class, and the smallest, in every split."
+    rows = [{'split': s, 'faces': sum(n.values()), 'smallest class': min(n, key=n.get), 'its faces': min(n.values()), 'largest over smallest': max(n.values())/max(1, min(n.values()))} for s, n in self.class_counts.items()]
+    return pd.DataFrame(rows).set_index('split').round(1)
+
+@patch_to(Pipeline)
+def schema(self)->pd.DataFrame: # a row a column of the manifest
+    "The manifest's columns, how many rows fill them, and the first row as an example."
+    table = read_manifest(self.data/'classification_manifest.csv')
+    filled = {c: int((table[c].astype(str).replace('nan', '') != '').sum()) for c in table}
+    return pd.DataFrame({'rows filled': filled, 'example': {c: str(v)[:60] for c, v in table.iloc[0].items()}}).rename_axis('column')
+
+@patch_to(Pipeline)
 def drops(self)->pd.DataFrame:
     "Rows dropped, by reason."
     return pd.Series(read_json(self.data/'clean_report.json')['dropped'], name='rows dropped', dtype=object).to_frame()
@@ -160,7 +173,9 @@ def histories(self, folders)->dict: # run folders; name -> history
     return {self.name(f): read_json(Path(f)/'history.json') for f in folders}
 
 @patch_to(Pipeline)
-def evidence(self)->dict: # metric -> {'value', 'from', 'split', 'n'}
+def evidence(self,
+             more:dict|None=None # evidence of others, as of `planned_evidence`
+            )->dict: # metric -> {'value', 'from', 'split', 'n'}
     "All that the path measured for gates and milestones; also written into the run."
     teachers, priors = {self.name(t): _test(t) for t in self.teachers}, self.dataset['priors']
     sizes = [Run(f).manifest.compression['params'] for f in (self.student, *self.teachers)]
@@ -170,14 +185,16 @@ def evidence(self)->dict: # metric -> {'value', 'from', 'split', 'n'}
     if 'kd' in phase:
         told = Run(phase['dkd']).manifest.reliability.get('adoption', {}) if 'dkd' in phase else {}
         found |= rules.phase_evidence(_test(phase['kd']), teachers, told.get('adopted'), _test(phase['dkd'], 'val') if told else None)
-    found |= path_evidence(self.student, self.runs())
+    found |= path_evidence(self.student, self.runs()) | (more or {})
     write_json(self.run.path('evidence.json'), found)
     return found
 
 @patch_to(Pipeline)
-def milestones(self)->pd.DataFrame:
+def milestones(self,
+               more:dict|None=None # evidence of others
+              )->pd.DataFrame:
     "The plan's milestones, judged by what this path measured."
-    return rules.gate_table(rules.evaluate_gates(self.evidence(), rules=rules.MILESTONES))
+    return rules.gate_table(rules.evaluate_gates(self.evidence(more), rules=rules.MILESTONES))
 
 # %% ../../nbs/runs/pipeline.ipynb #c012
 @patch_to(Pipeline)
@@ -216,6 +233,12 @@ def _probs(self, folder):
     z, y = read_logits(Path(folder)/'logits.npz', self.dataset['sha256'])
     if folder == self.student: return scores.softmax(self.scaling(z['test'])), y['test']
     return scores.softmax(z['test'], read_json(Path(folder)/'calibration.json')['temperature']), y['test']
+
+@patch_to(Pipeline)
+def ensemble_reliability(self)->tuple: # tables before and after its temperature
+    "Confidence and accuracy of the ensemble, bin by bin."
+    tables = read_json(self.ensemble/'reliabilitymetrics.json')
+    return tables['before'], tables['after']
 
 @patch_to(Pipeline)
 def risk_coverage(self)->dict: # name -> curve

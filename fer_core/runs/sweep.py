@@ -4,7 +4,8 @@
 
 # %% ../../nbs/runs/sweep.ipynb #c002
 from __future__ import annotations
-import contextlib, fcntl, json
+import contextlib, fcntl, json, re
+from collections import Counter
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -286,7 +287,11 @@ def show(self,
          keep=lambda fig, *_: fig): # takes a figure, a name and a caption, as an `Appendix` does; the figure
     "Display the figure of every sweep."
     from IPython.display import display
-    for i, g in enumerate(self.grids, 1): display(keep(draw(g), f'sweep-{i}', f'{g["name"]}: {g["metric"]}, chosen on validation.'))
+    seen = Counter()
+    for g in self.grids:
+        name = '-'.join(re.sub('[^a-z0-9]+', '-', a.lower()).strip('-') for a in g['axes'])
+        seen[name] += 1
+        display(keep(draw(g), name if seen[name] == 1 else f'{name}-{seen[name]}', f'{g["name"]}: {g["metric"]}, chosen on validation.'))
 
 # %% ../../nbs/runs/sweep.ipynb #c021
 @patch_to(Sweeps)

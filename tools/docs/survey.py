@@ -13,7 +13,7 @@ FIRST = {folder: names if isinstance(names, tuple) else names.split() for folder
     'models': 'backbones heads cbam resemotenet swin inherit exported speed', 'teach': 'teacher ensemble softlabels', 'distill': 'kd dkd born_again mutual manifold negative teaching objective student',
     'evaluate': 'metrics calibrate scaling statistics paired conformal answer rules gates errors embeddings drift shift figures', 'compress': 'prune qat export portable quantize latency release publish',
     'train': 'losses adjust contrastive objective optim average loop judge baseline mining parallel simclr mae selfsup', 'live': 'source recognise track stabilise session overlay log health replay demo web',
-    'runs': 'stage pipeline plan sweep cluster kernels report browse compare reproduce pages board appendix ledger tracking shift'}.items()}
+    'runs': 'stage pipeline plan sweep cluster kernels report browse compare reproduce pages board appendix planned ledger tracking shift'}.items()}
 DEFINED = re.compile(r'^(?:async def|def|class) (\w+)|^(\w[\w, ]*?) *(?::[^=\n]+)?=(?!=)(?:.*?\s# (.+))?', re.M)  # function or class, names of an assignment and the comment behind it
 
 
