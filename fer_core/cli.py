@@ -444,13 +444,13 @@ def demo(source:Annotated[Optional[str], typer.Option(help='video file, stream U
          host:Annotated[str, typer.Option(help='address that --web listens on')] = '127.0.0.1',
          as_json:Json = False):
     "Faces and expressions on a camera or a video, with a summary of speed and stability."
-    if fetch_yunet and source is None and not web: return _fetch(as_json)
-    if web: return _web(as_json, {'--source': source is not None, '--csv': csv, '--video': video, '--max-frames': max_frames is not None}, model=_model(model), detector=detector, host=host, port=port, every=every, fetch=fetch_yunet, threshold=threshold)
+    if fetch_yunet and not web and (source, model, csv, video, log, max_frames) == (None,)*6: return _fetch(as_json)
+    if web: return _web(as_json, {'--source': source not in (None, '0'), '--csv': csv, '--video': video, '--max-frames': max_frames is not None}, model=_model(model), detector=detector, host=host, port=port, every=every, fetch=fetch_yunet, threshold=threshold)
     from fer_core.live.demo import run as run_demo, summary_table
     from tqdm import tqdm
     with tqdm(desc='frames', unit='', disable=not sys.stderr.isatty(), leave=False) as bar:
         def tell(done, total): bar.total = total; bar.update(done - bar.n)
-        found = run_demo(source or '0', _model(model), detector, csv, video, not no_window, every, max_frames, fetch_yunet, progress=tell, log=log, side=side, bars=bars, average=average, health=health, threshold=threshold)
+        found = run_demo('0' if source is None else source, _model(model), detector, csv, video, not no_window, every, max_frames, fetch_yunet, progress=tell, log=log, side=side, bars=bars, average=average, health=health, threshold=threshold)
     print(json.dumps(found, indent=2) if as_json else summary_table(found))
 
 def _fetch(as_json):
@@ -468,7 +468,7 @@ def _web(as_json, foreign, **options):
 
 @app.command()
 def evaluate(data:Annotated[Path, typer.Argument(help='curate run folder, or a dataset as downloaded')], model:Model = None, split:Annotated[str, typer.Option(help='split to judge on')] = 'test',
-             lenient:Annotated[bool, typer.Option('--lenient', help='leave broken records of a dataset as downloaded out, and say how many')] = False, as_json:Json = False):
+             lenient:Annotated[bool, typer.Option('--lenient', help='leave broken records of a dataset as downloaded out (strict=false), and say how many')] = False, as_json:Json = False):
     "Judge a student (default: the released one) on a dataset's test rows."
     import tempfile
     from fer_core.artifacts import read_json
@@ -477,10 +477,11 @@ def evaluate(data:Annotated[Path, typer.Argument(help='curate run folder, or a d
     from fer_core.live.recognise import release_model
     with tempfile.TemporaryDirectory() as scratch:
         home = data if (data/'classification_manifest.csv').is_file() else Path(scratch)
+        if home == data and lenient: raise FerError('bad_parameter', f'--lenient with {data}, which is curated', 'it is for a dataset as downloaded')
         if home != data: curate(data, home, strict=not lenient)
         broken = read_json(home/'clean_report.json')['records']['broken'] if home != data else 0
         m = evaluate_file(_model(model) or release_model(), home, split) | ({'left_out': broken} if broken else {})
-    line = f'n={m["n"]} accuracy={m["accuracy"]:.4f} macro-F1={m["macro_f1"]:.4f} ECE={m["ece_width"]:.4f} T={m["temperature"]:.4f} dataset={m["dataset"][:12]}' + (f' left_out={broken}' if broken else '')
+    line = f'n={m["n"]} accuracy={m["accuracy"]:.4f} macro-F1={m["macro_f1"]:.4f} ECE={m["ece_width"]:.4f} T={m["temperature"]:.4f} dataset={m["dataset"][:12]}' + (f' left_out={broken} (all splits)' if broken else '')
     print(json.dumps(m, indent=2) if as_json else line)
 
 @app.command()

@@ -175,7 +175,9 @@ def test_a_part_of_a_plan_brings_what_it_stands_on(root, tmp_path):
 @pytest.mark.parametrize('line, what, mend', [
     ('student: {stage: student, data: x, phase: dk}', "step student: parameter phase='dk' is none of", "did you mean 'dkd'"),
     ('two: {stage: teacher, data: x, each: {sampler: [none, balance]}}', "sampler='balance' is none of", "'balanced'"),
-    ('wide: {stage: teacher, data: x, backbone: resnet1888}', "step wide: timm knows no backbone 'resnet1888'", 'list_models')])
+    ('wide: {stage: teacher, data: x, backbone: resnet1888}', "step wide: timm knows no backbone 'resnet1888'", 'list_models'),
+    ('number: {stage: teacher, data: x, backbone: 18}', 'step number: timm knows no backbone 18', 'list_models'),
+    ('two: {stage: student, data: x, phase: dml, peer: resnet1888}', "step two: timm knows no peer 'resnet1888'", 'list_models')])
 def test_a_value_that_there_is_not_is_refused_before_the_first_step_runs(tmp_path, line, what, mend):
     from fer_core.runs.plan import run_plan
     plan, runs = tmp_path/'plan.yaml', tmp_path/'runs'

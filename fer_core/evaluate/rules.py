@@ -30,7 +30,7 @@ METRICS = {
     'thesis.figures_missing': 'figures', 'release.verified': '1 or 0',
 }  # metric -> unit
 MEASURED_BY = {'teacher': 'the thesis report', 'ensemble': 'stage ensemble', 'kd': 'the thesis report', 'dkd': 'the thesis report', 'student': 'stage calibrate', 'prune': 'stage prune', 'int8': 'stage compress', 'latency': 'stage benchmark', 'parity': 'stage compress',
-               'repro': 'fer reproduce', 'reliability': 'stage sweep', 'replay': 'fer replay'}  # beginning of a metric's name -> who measures it
+               'repro': 'fer reproduce', 'reliability': 'stage sweep', 'replay': 'fer replay', 'thesis': 'the thesis report'}  # beginning of a metric's name -> who measures it
 
 # %% ../../nbs/evaluate/rules.ipynb #c006
 class _Rule(BaseModel):

@@ -21,9 +21,12 @@ def layer_of(node:str # name of a node of the exporter
 # %% ../../nbs/models/exported.ipynb #c006
 def _open(path):
     import onnx # not above: half a second that no training from another file needs
-    try: model = onnx.load(str(path))
-    except Exception as e: raise FerError('corrupt_artifact', f'{path} is no readable ONNX file ({type(e).__name__})', 'download it again') from None
-    return model.graph, {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in model.graph.initializer}
+    try:
+        model = onnx.load(str(path))
+        tensors = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in model.graph.initializer}
+    except Exception as e: raise FerError('corrupt_artifact', f'{path} is no readable ONNX file of numbers ({type(e).__name__})', 'download it again') from None
+    if not tensors: raise FerError('corrupt_artifact', f'{path} holds no weights', 'download it again')
+    return model.graph, tensors
 
 def _named(name): return '::' not in name and not name.startswith('/') and not name.isdigit()
 
@@ -35,7 +38,7 @@ def _low_rank(state):
     "Layers of two factors as one."
     for k in [k for k in state if k.endswith('.linear1.weight')]:
         layer = k.removesuffix('.linear1.weight')
-        if f'{layer}.linear2.weight' not in state: continue
+        if f'{layer}.linear2.weight' not in state or f'{layer}.linear1.bias' in state: continue # two layers, with something between
         state[layer + '.weight'] = state.pop(f'{layer}.linear2.weight') @ state.pop(k)
         if f'{layer}.linear2.bias' in state: state[layer + '.bias'] = state.pop(f'{layer}.linear2.bias')
     return state

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/appendix.ipynb #c002
 from __future__ import annotations
-import io, re
+import io, json, re
 from numbers import Number
 from pathlib import Path
 import matplotlib, pandas as pd
@@ -78,6 +78,8 @@ def _drawn(fig, kind): # Figure; 'pdf' or 'svg'
     with matplotlib.rc_context({'svg.hashsalt': 'fer_core', 'pdf.fonttype': 42}): fig.savefig(file, format=kind, bbox_inches='tight', metadata={'CreationDate' if kind == 'pdf' else 'Date': None})
     return file.getvalue()
 
+_NAME = re.compile('[a-z0-9][a-z0-9-]*') # of a part
+
 class Appendix:
     "Keeps what a report shows, as files in the run's folder."
     def __init__(self, run:Run): # run whose report it is
@@ -88,7 +90,7 @@ class Appendix:
                  caption:str  # what it shows, a sentence
                 ):            # `shown`, to be displayed
         "Write a figure or table and pass it on."
-        if not re.fullmatch(r'[a-z0-9][a-z0-9-]*', name) or name in self.parts: raise FerError('bad_parameter', f'{name!r} is no name for a part of an appendix, or is taken', 'use small letters, digits and -, each name once')
+        if not _NAME.fullmatch(name) or name in self.parts: raise FerError('bad_parameter', f'{name!r} is no name for a part of an appendix, or is taken', 'use small letters, digits and -, each name once')
         if isinstance(shown, Figure): self.parts[name] = self._figure(shown, name, caption)
         elif isinstance(shown, pd.DataFrame) and len(shown): self.parts[name] = self._table(shown, name, caption)
         return shown
@@ -129,6 +131,18 @@ def _checked(folder, name):
     if sha256_bytes(data) != told.get(name): raise FerError('hash_mismatch', f'{path} is not what the run wrote', 'execute the run again')
     return data
 
+def _sound(run, name, part):
+    "Whether a part is one that an `Appendix` writes: names become paths and LaTeX."
+    return _NAME.fullmatch(f'{run}-{name}') and isinstance(part, dict) and isinstance(part.get('caption'), str) and (
+        part.get('kind') == 'figure' and re.fullmatch(r'[0-9.]+', str(part.get('width'))) or part.get('kind') == 'table' and type(part.get('levels')) is int)
+
+def _listed(folder):
+    "The parts that a run lists, as its hash manifest knows the list."
+    parts, run = json.loads(_checked(folder, 'appendix.json')), _short(Run(folder))
+    bad = [name for name, part in parts.items() if not _sound(run, name, part)] if isinstance(parts, dict) else ['the list']
+    if bad: raise FerError('corrupt_artifact', f'{folder}/appendix.json: {bad[0]!r} is no part of a report', 'execute the run again')
+    return parts
+
 def _shown(data, part):
     "A part as a page shows it: a picture of vectors, or a table."
     from IPython.display import SVG
@@ -141,8 +155,8 @@ def take(self,
         )->list[tuple]: # (name, caption, table or picture) of each part, in its order
     "Take the figures and tables of another report into this one."
     other, taken = Run(folder), []
-    if not other.path('appendix.json').is_file(): raise FerError('missing_file', f'{other.folder} has no appendix.json: its report kept no files', 'execute its stage again; reports written before 2026-11-23 kept none')
-    for name, part in read_json(other.path('appendix.json')).items():
+    if not other.path('appendix.json').is_file(): raise FerError('missing_file', f'{other.folder} has no appendix.json: its report left no list of its parts', 'execute its stage anew, with --fresh')
+    for name, part in _listed(other.folder).items():
         new, places = f'{_short(other)}-{name}', [f'figures/{name}.pdf', f'figures/{name}.svg'] if part['kind'] == 'figure' else [f'tables/{name}.tex', f'tables/{name}.csv']
         if new in self.parts: raise FerError('bad_parameter', f'{other.folder.name} is taken twice', 'name each run once')
         for place in places:

@@ -110,6 +110,6 @@ def privacy(folders # run folders
     "Files in which people could be seen, and whether a report shows faces."
     rows = []
     for f, m in _manifests(folders):
-        found = Counter(kind for p in f.rglob('*') if p.is_file() and 'figures' not in p.parts for kind, ends in _PEOPLE.items() if p.suffix.lower() in ends)
+        found = Counter(kind for p in f.rglob('*') if p.is_file() and p.relative_to(f).parts[0] != 'figures' for kind, ends in _PEOPLE.items() if p.suffix.lower() in ends)
         rows.append({'run': f.name, **{kind: found[kind] for kind in _PEOPLE}, 'faces shown': bool(m.parameters.get('show_faces', False))})
     return pd.DataFrame(rows).set_index('run')

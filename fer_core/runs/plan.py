@@ -8,6 +8,7 @@ import itertools, json, os, re, signal, subprocess, sys, tempfile, threading, ti
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from fnmatch import fnmatch
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -189,12 +190,14 @@ def _check_methods(steps):
     for step in steps:
         g = step.given
         for key in ('backbone', 'peer'):
-            if g.get(key) and not _known(g[key]): raise FerError('bad_parameter', f'step {step.name}: timm knows no {key} {g[key]!r}', "its names are those of timm.list_models('*resnet*')")
+            if g.get(key) and not _known(str(g[key])): raise FerError('bad_parameter', f'step {step.name}: timm knows no {key} {g[key]!r}', f"its names are those of timm.list_models('{str(g[key])[:5]}*')")
         if g.get('hint') and (g.get('mixup') or g.get('cutmix')): raise FerError('bad_parameter', f'step {step.name} asks for a hint beside mixed pictures: the teacher has no embedding of them', f'pass --set {step.entry}.hint=0, or leave mixing out')
         if g.get('sample_weights') and not Path(g['sample_weights']).is_file(): raise FerError('missing_file', f'step {step.name}: its sample weights {g["sample_weights"]} are not there', "make them with 'fer data hard RUN --to FOLDER'")
 
+@cache
 def _known(backbone):
     "Whether timm has such a network; looked for in its files first, which takes a twentieth of importing it."
+    if ':' in backbone: return True # of a hub, for timm to find
     files = [f for package in ('timm', 'fer_core') for f in Path(find_spec(package).origin).parent.glob('models/*.py')]
     if any(f'\ndef {backbone.partition(".")[0]}(' in f.read_text() for f in files): return True
     mend_torchvision()

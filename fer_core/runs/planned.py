@@ -15,7 +15,7 @@ _PATH, _OTHERS = 'the thesis of a whole path', 'and name its run in `others`'
 PLANNED = {
     'dataset provenance and licences': (('provenance',), _PATH), 'hashes of the runs': (('runs',), _PATH), 'class distributions': (('class-distribution',), _PATH), 'minority ratio': (('minority',), _PATH), 'manifest schema and example': (('schema',), _PATH),
     'hyper-parameter matrix': (('settings',), _PATH),
-    'ablation: τ of logit adjustment': (('sweep-*-tau',), f'stage sweep over tau, {_OTHERS}'), 'ablation: KD temperature': (('sweep-*-t',), f'stage sweep over T, {_OTHERS}'), 'ablation: DKD α and β': (('sweep-*-dkd-alpha-dkd-beta',), f'stage sweep over dkd_alpha and dkd_beta, {_OTHERS}'),
+    'ablation: τ of logit adjustment': (('sweep-*-tau',), f'stage sweep over tau, {_OTHERS}'), 'ablation: KD temperature': (('sweep-*-t',), f'stage sweep over T, {_OTHERS}'), 'ablation: DKD α and β': (('sweep-*-dkd-*-dkd-*',), f'stage sweep over dkd_alpha and dkd_beta, {_OTHERS}'),
     'ablation: pruning ratio': (('sweep-*-ratio',), f'stage sweep over ratio, {_OTHERS}'), 'calibration methods, taken or not': (('calibrate-*-methods', 'calibration'), 'stage calibrate'),
     'reliability before and after, ensemble and student': (('reliability', 'reliability-ensemble'), _PATH), 'classwise ECE': (('classwise-ece',), _PATH),
     'hardware': (('hardware',), _PATH), 'model artifacts': (('results', 'compression'), _PATH), 'latency, FP32 and INT8': (('latency',), _PATH), 'size and macro-F1': (('size',), _PATH),

@@ -41,7 +41,8 @@ def parameters(stage:str # stage name
     for node in ast.parse(source).body:
         if not isinstance(node, ast.AnnAssign): continue
         comment = lines[node.end_lineno - 1][node.end_col_offset:].partition('#')[2].strip()
-        choices = re.findall(r"'([\w-]*)'", comment.partition('one of ')[2])
+        said = re.search(r"\bone of (?=')", comment)
+        choices = re.findall(r"'([\w-]*)'", comment[said.end():]) if said else []
         found[node.target.id] = {'type': node.annotation.id, 'default': ast.literal_eval(node.value), 'help': comment, 'choices': choices}
     return found
 
