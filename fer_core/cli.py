@@ -478,8 +478,11 @@ def evaluate(data:Annotated[Path, typer.Argument(help='curate run folder, or a d
     with tempfile.TemporaryDirectory() as scratch:
         home = data if (data/'classification_manifest.csv').is_file() else Path(scratch)
         if home == data and lenient: raise FerError('bad_parameter', f'--lenient with {data}, which is curated', 'it is for a dataset as downloaded')
-        if home != data: curate(data, home, strict=not lenient)
-        broken = read_json(home/'clean_report.json')['records']['broken'] if home != data else 0
+        broken = 0
+        if home != data:
+            try: curate(data, home, strict=not lenient)
+            except FerError as e: raise FerError(e.code, e.what, e.mend.replace('strict=false', '--lenient')) from None
+            broken = read_json(home/'clean_report.json')['records']['broken']
         m = evaluate_file(_model(model) or release_model(), home, split) | ({'left_out': broken} if broken else {})
     line = f'n={m["n"]} accuracy={m["accuracy"]:.4f} macro-F1={m["macro_f1"]:.4f} ECE={m["ece_width"]:.4f} T={m["temperature"]:.4f} dataset={m["dataset"][:12]}' + (f' left_out={broken} (all splits)' if broken else '')
     print(json.dumps(m, indent=2) if as_json else line)
