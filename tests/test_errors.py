@@ -237,6 +237,7 @@ def montage_of(faces, hard): # -> the page's montage as it would be with these p
     from fer_core.evaluate import figures
     from fer_core.evaluate.errors import captions
     fig, file = figures.montage(faces, captions(hard), colours=[figures.COLOURS[c] for c in hard['predicted']]), io.BytesIO()
+    for kind in ('pdf', 'svg'): fig.savefig(io.BytesIO(), format=kind, bbox_inches='tight') # kept as files before it is shown, which sets its layout
     fig.savefig(file, bbox_inches='tight', dpi=100)
     return cv2.imdecode(np.frombuffer(file.getvalue(), np.uint8), cv2.IMREAD_GRAYSCALE), round(fig.axes[0].get_window_extent().width)
 

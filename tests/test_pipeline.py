@@ -164,7 +164,7 @@ def test_started_again_it_only_looks(path):
     home, command, _ = path
     before = sorted(p.name for p in (home/'runs').iterdir())
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count('reused') == 11 and sorted(p.name for p in (home/'runs').iterdir()) == before
+    assert done.returncode == 0 and done.stdout.count('reused') == 13 and sorted(p.name for p in (home/'runs').iterdir()) == before
 
 
 def test_a_parent_is_found_beside_its_run_or_where_it_was(path, tmp_path):

@@ -263,5 +263,5 @@ def test_ranges_need_faces_and_finite_weights(small):
 def test_the_stage_has_its_parameters_and_its_place():
     from fer_core.runs.stage import STAGES, parameters, resolve
     given = parameters('qat')
-    assert STAGES.index('prune') < STAGES.index('qat') < STAGES.index('compress') and given['drop'] == {'type': 'float', 'default': A.DROP, 'help': given['drop']['help']}
+    assert STAGES.index('prune') < STAGES.index('qat') < STAGES.index('compress') and given['drop'] == {'type': 'float', 'default': A.DROP, 'help': given['drop']['help'], 'choices': []} and given['method']['choices'] == ['minmax', 'percentile', 'entropy']
     assert all(v['help'] for v in given.values()) and resolve('qat', {'epochs': '2'})['epochs'] == 2 and 'swa' not in given

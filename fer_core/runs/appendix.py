@@ -118,7 +118,8 @@ class Appendix:
     def write(self):
         "Write `appendix.tex`, which reads in all parts in their order, and `appendix.json`, which lists them."
         head = f'% {self.run.manifest.experiment_id}; \\usepackage{{graphicx,booktabs,array}} and \\newcommand{{\\ferrun}}{{path to this folder}} before \\input{{\\ferrun/appendix}}\n\\ifdefined\\ferbox\\else\\newsavebox\\ferbox\\fi\n\n'
-        write_text(self.run.path('appendix.tex'), head + '\n'.join(self._tex(*part) for part in self.parts.items()))
+        texts = [self._tex(*part) + ('\\clearpage\n' if k % 12 == 0 else '') for k, part in enumerate(self.parts.items(), 1)] # LaTeX keeps 52 floats in hand at most
+        write_text(self.run.path('appendix.tex'), head + '\n'.join(texts))
         write_json(self.run.path('appendix.json'), self.parts)
 
 def _short(run): return run.manifest.experiment_id.split('-', 3)[-1] # without its date
