@@ -135,6 +135,14 @@ def provenance(self)->pd.DataFrame:
     return pd.Series({**facts, **{f'{s} faces': n for s, n in self.dataset['splits'].items()}, 'dataset sha256': self.dataset['sha256']}, name='').to_frame()
 
 @patch_to(Pipeline)
+def class_table(self)->pd.DataFrame: # a row a class
+    "Faces of each class: in all splits before and after curation, in each split, and from each source."
+    report = read_json(self.data/'clean_report.json')
+    total = lambda counts: pd.DataFrame(counts).sum(axis=1)
+    columns = {'before': total(report['before']), 'after': total(report['after'])} | {s: pd.Series(n) for s, n in report['after'].items()} | {f'from {s}': total(n) for s, n in report['by_source'].items()}
+    return pd.DataFrame(columns).astype(int).rename_axis('class')
+
+@patch_to(Pipeline)
 def minority(self)->pd.DataFrame:
     "Largest over smallest class, and the smallest, in every split."
     rows = [{'split': s, 'faces': sum(n.values()), 'smallest class': min(n, key=n.get), 'its faces': min(n.values()), 'largest over smallest': max(n.values())/max(1, min(n.values()))} for s, n in self.class_counts.items()]

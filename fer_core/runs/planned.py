@@ -13,14 +13,14 @@ __all__ = ['PLANNED', 'planned', 'planned_evidence']
 # %% ../../nbs/runs/planned.ipynb #c004
 _PATH, _OTHERS = 'the thesis of a whole path', 'and name its run in `others`'
 PLANNED = {
-    'dataset provenance and licences': (('provenance',), _PATH), 'hashes of the runs': (('runs',), _PATH), 'class distributions': (('class-distribution',), _PATH), 'minority ratio': (('minority',), _PATH), 'manifest schema and example': (('schema',), _PATH),
+    'dataset provenance and licences': (('provenance',), _PATH), 'hashes of the runs': (('runs',), _PATH), 'class distributions, per source, before and after curation': (('class-distribution', 'class-counts'), _PATH), 'minority ratio': (('minority',), _PATH), 'manifest schema and example': (('schema',), _PATH),
     'hyper-parameter matrix': (('settings',), _PATH),
     'ablation: τ of logit adjustment': (('sweep-*-tau',), f'stage sweep over tau, {_OTHERS}'), 'ablation: KD temperature': (('sweep-*-t',), f'stage sweep over T, {_OTHERS}'), 'ablation: DKD α and β': (('sweep-*-dkd-*-dkd-*',), f'stage sweep over dkd_alpha and dkd_beta, {_OTHERS}'),
     'ablation: pruning ratio': (('sweep-*-ratio',), f'stage sweep over ratio, {_OTHERS}'), 'calibration methods, taken or not': (('calibrate-*-methods', 'calibration'), 'stage calibrate'),
     'reliability before and after, ensemble and student': (('reliability', 'reliability-ensemble'), _PATH), 'classwise ECE': (('classwise-ece',), _PATH),
     'hardware': (('hardware',), _PATH), 'model artifacts': (('results', 'compression'), _PATH), 'latency, FP32 and INT8': (('latency',), _PATH), 'size and macro-F1': (('size',), _PATH),
     'failure taxonomy': (('failures',), _PATH), 'privacy': (('privacy',), _PATH), 'confusion matrices and their difference': (('confusion', 'confusion-delta'), _PATH),
-    'hardest samples': (('errors-*-hardest',), f'stage errors, {_OTHERS}'), 'error taxonomy': (('errors-*-sure-errors',), f'stage errors, {_OTHERS}'), 'embeddings': (('errors-*-embeddings',), f'stage errors, {_OTHERS}'), 'distances within and between classes': (('errors-*-distances',), f'stage errors, {_OTHERS}'),
+    'hardest samples': (('errors-*-hardest',), f'stage errors, {_OTHERS}'), 'error taxonomy': (('errors-*-sure-errors',), f'stage errors, {_OTHERS}'), 'embeddings, teacher and student': (('errors-*-embeddings',)*2, f'stage errors, once with student= a teacher and once a student, {_OTHERS}'), 'distances within and between classes': (('errors-*-distances',), f'stage errors, {_OTHERS}'),
     'pruned against original': (('prune-*-networks',), f'stage prune, {_OTHERS}'),
     'reproducibility checklist': (('checklist',), _PATH), 'stages and scripts': (('scripts',), _PATH), 'integrity checks': (('integrity',), _PATH), 'GPU-hours and storage': (('cost',), _PATH), 'decision log': (('decisions',), _PATH),
 } # what -> (names of parts, who makes it)
@@ -31,7 +31,7 @@ def planned(parts # names of the parts that a report has
     rows = []
     for what, (names, maker) in PLANNED.items():
         found = {n: [p for p in parts if fnmatch(p, n)] for n in names}
-        lost = [n for n, of in found.items() if not of]
+        lost = [n for n, of in found.items() if len(of) < names.count(n)]
         rows.append({'planned': what, 'here': ', '.join(p for of in found.values() for p in of), 'missing': ', '.join(lost), 'made by': maker if lost else ''})
     return pd.DataFrame(rows).set_index('planned')
 
